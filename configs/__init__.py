@@ -1,0 +1,1 @@
+"""Recipes: ConfigDicts for main.py and eval.py."""

@@ -1,0 +1,74 @@
+"""Shared fixtures; a compilation cache makes the suite's second run faster."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import numpy as np
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".jax_cache"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loader of the reference arrays: golden('vit') -> dict of numpy arrays."""
+
+    def load(name):
+        with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return load
+
+
+def below(arrays, prefix):
+    """Entries whose key starts with the prefix, with the prefix cut off."""
+    n = len(prefix)
+    return {k[n:]: v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def sub():
+    """Select a name space of a golden file."""
+    return below
+
+
+def _tiny_config(**changes):
+    """pretrain_smoke shrunk to seconds; changes are dotted keys."""
+    from configs import pretrain_smoke
+
+    config = pretrain_smoke.get_config()
+    small = {
+        "batch_size": 8,
+        "groups": 8,
+        "epochs": 2,
+        "steps_per_epoch": 3,
+        "model.patch_size": 8,
+        "model.drop_path": 0.0,
+        "head.hidden_dim": 32,
+        "head.bottleneck_dim": 16,
+        "head.num_prototypes": 64,
+        "teacher.warmup_temp_epochs": 1.0,
+        "optim.warmup_epochs": 1.0,
+        "crops.global_size": 32,
+        "crops.local_size": 16,
+        "crops.num_local": 2,
+        "data.phantom_images": 24,
+        "data.phantom_size": (40, 48),
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "knn.enabled": False,
+    }
+    config.update_from_flattened_dict({**small, **changes})
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The function above: tiny_config(**{'data.root': ..})."""
+    return _tiny_config

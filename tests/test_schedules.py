@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+
+from ultradino_jax.schedules import cosine_schedule, linear_schedule
+
+# tag -> nominal epochs, steps per epoch
+RUNS = {
+    "paper_e40_len250_b256": (40, 250),
+    "yaml_e100_len250_b256": (100, 250),
+    "tiny_e40_len25_b64": (40, 25),
+}
+
+
+@pytest.mark.parametrize("tag", RUNS)
+def test_schedules_equal_reference(golden, sub, tag):
+    epochs, length = RUNS[tag]
+    total = epochs * length
+    g = sub(golden("schedules"), f"{tag}/")
+    peak = float(g["lr_peak"])
+    warm = {"total": total, "warmup": 10 * length}
+    ours = {
+        "lr": cosine_schedule(peak, 1e-6, **warm),
+        "last_layer_lr": cosine_schedule(peak, 1e-6, freeze=length, **warm),
+        "wd": cosine_schedule(0.04, 0.4, total),
+        "momentum": cosine_schedule(0.992, 1.0, total),
+        "teacher_temp": linear_schedule(0.04, 0.07, 30 * length),
+    }
+    for name, schedule in ours.items():
+        values = schedule(g["iters"])
+        np.testing.assert_allclose(values, g[name], rtol=1e-5, atol=1e-12, err_msg=name)
+    # 1 - m is what the teacher moves by: it must be right in its own scale too.
+    np.testing.assert_allclose(
+        1 - ours["momentum"](g["iters"]), 1 - g["momentum"], rtol=1e-4, atol=1e-7
+    )
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="warm-up of 11 steps .* run of 10"):
+        cosine_schedule(1.0, 0.0, 10, warmup=11)

@@ -1,0 +1,1 @@
+"""DINOv2 pretraining and evaluation for ultrasound in JAX/Flax."""

@@ -1,0 +1,1 @@
+"""Sources, crops, masks and the input pipeline: numpy only, never jax."""

@@ -1,0 +1,225 @@
+"""The prepared cache: ArrayRecord shards of small grey pictures, each with an index.
+
+CACHE/manifest.json              written last: a cache without it is not finished
+CACHE/shard-00000.array_record   one encoded picture per record, pixels only
+CACHE/shard-00000.npy            INDEX of the same records
+"""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+from array_record.python import array_record_module
+
+FORMAT = "ultradino_cache"
+VERSION = 1
+# `file` is the keyed hash of the input file, so file-frame-box names a record for those
+# who hold the key; patient and study are keyed hashes too.
+INDEX = np.dtype(
+    [
+        ("file", "u1", 12),
+        ("frame", "<u4"),
+        ("box", "u1"),
+        ("patient", "u1", 12),
+        ("study", "u1", 12),
+        ("sha256", "u1", 32),  # of the decoded frame before cropping
+        ("near", "u1", 272),  # dedup.near_hash of the record's region
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("text_lines", "<u2"),
+    ]
+)
+_RAW = b"RAW1"
+_PARAMETERS = {
+    "png": (".png", [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]),
+    "jpeg": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95]),
+}
+ENCODINGS = (*_PARAMETERS, "raw")
+
+
+class OutputError(OSError):
+    """The cache cannot be written: disk full, no permission, disk gone."""
+
+
+def encode(pixels: np.ndarray, encoding: str) -> bytes:
+    """Grey picture [H,W] uint8 -> record bytes. encoding: one of ENCODINGS."""
+    if encoding == "raw":
+        size = np.array(pixels.shape, "<u4").tobytes()
+        return _RAW + size + np.ascontiguousarray(pixels).tobytes()
+    extension, parameters = _PARAMETERS[encoding]
+    return cv2.imencode(extension, pixels, parameters)[1].tobytes()
+
+
+def decode(record: bytes) -> np.ndarray:
+    """Record bytes -> grey picture [H,W] uint8. Raises ValueError when damaged."""
+    if record[:4] == _RAW:
+        height, width = np.frombuffer(record, "<u4", 2, offset=4).tolist()
+        if len(record) != 12 + height * width:
+            raise ValueError("raw record of the wrong length")
+        return np.frombuffer(record, np.uint8, offset=12).reshape(height, width)
+    pixels = None
+    if record:  # OpenCV has another error for no bytes at all
+        pixels = cv2.imdecode(np.frombuffer(record, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if pixels is None:
+        raise ValueError("record cannot be decoded")
+    return pixels
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that it is either absent or complete, whenever power fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_shard(stem: Path, payloads: list[bytes], index: np.ndarray) -> dict:
+    """Writes stem.array_record and stem.npy, each whole or not at all.
+
+    The bytes depend on the arguments alone. Returns the manifest's entry.
+    Raises OutputError.
+    """
+    path = stem.with_suffix(".array_record")
+    temporary = stem.with_suffix(".array_record.tmp")
+    try:
+        # One picture per chunk: any record costs one read. They are compressed already.
+        writer = array_record_module.ArrayRecordWriter(
+            str(temporary), "group_size:1,uncompressed"
+        )
+        for payload in payloads:
+            writer.write(payload)
+        writer.close()
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, path)
+        write_whole(stem.with_suffix(".npy"), _npy(index))
+    except (RuntimeError, OSError) as error:  # array_record raises RuntimeError
+        raise OutputError(f"cannot write {path}: {error}") from error
+    return {
+        "file": path.name,
+        "records": len(payloads),
+        "bytes": path.stat().st_size,
+        "sha256": digest,
+    }
+
+
+def _npy(index: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, index)
+    return file.getvalue()
+
+
+def record_name(entry: np.void) -> str:
+    """Id of a record from its INDEX entry: file hash, frame, region."""
+    return f"{entry['file'].tobytes().hex()}-{entry['frame']}-{entry['box']}"
+
+
+class Shards:
+    """Random access to written shards. Picklable: each process opens what it reads."""
+
+    def __init__(self, root: Path, shards: list[dict]):
+        self._files = [root / shard["file"] for shard in shards]
+        counts = [shard["records"] for shard in shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._readers: dict[int, object] = {}
+        self._indexes: dict[int, np.ndarray] = {}
+
+    def __getstate__(self):
+        return self.__dict__ | {"_readers": {}, "_indexes": {}}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {position} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return shard, int(position - self._starts[shard])
+
+    def pixels(self, position: int) -> np.ndarray:
+        """Grey picture [H,W] uint8. Raises ValueError when the record is damaged."""
+        shard, row = self._locate(position)
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    str(self._files[shard]),
+                    options="readahead_buffer_size:0,max_parallelism:0",
+                )
+            return decode(self._readers[shard].read([row])[0])
+        # array_record raises RuntimeError, and IndexError where a shard is cut short.
+        except (RuntimeError, IndexError, ValueError) as error:
+            name = self._files[shard].name
+            raise ValueError(f"{name} record {row} is damaged: {error}") from None
+
+    def entry(self, position: int) -> np.void:
+        """INDEX entry of a record: group keys, hashes, size, text-like lines."""
+        shard, row = self._locate(position)
+        if shard not in self._indexes:
+            path = self._files[shard].with_suffix(".npy")
+            self._indexes[shard] = np.load(path, mmap_mode="r")
+        return self._indexes[shard][row]
+
+
+class CacheSource:
+    """A finished cache as a source: `source[i]` -> uint8 [H,W,C].
+
+    root: the cache's directory. channels: 1, or 3 equal ones.
+    Picklable. Raises ValueError when the cache is not finished or a shard is missing or
+    of another length; reading a damaged record raises `sources.BadImage`.
+    """
+
+    def __init__(self, root: str | os.PathLike, channels: int = 1):
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        root = Path(root)
+        path = root / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"{root}: no manifest.json: run prepare again")
+        text = path.read_bytes()
+        self.manifest = json.loads(text)
+        found = (self.manifest.get("format"), self.manifest.get("version"))
+        if found != (FORMAT, VERSION):
+            raise ValueError(f"{path}: not a version {VERSION} cache of prepare")
+        for shard in self.manifest["shards"]:
+            file = root / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{file}: missing, or not {shard['bytes']} bytes long")
+        self._root, self._channels = root, channels
+        self._shards = Shards(root, self.manifest["shards"])
+        self._digest = hashlib.sha256(text).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __repr__(self) -> str:
+        return f"CacheSource({str(self._root)!r}, channels={self._channels})"
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        from .sources import BadImage  # sources imports this module
+
+        try:
+            pixels = self._shards.pixels(position)
+        except ValueError as error:
+            raise BadImage(str(error), self.record_id(position)) from None
+        if self._channels == 1:
+            return pixels[:, :, None]
+        return np.repeat(pixels[:, :, None], self._channels, axis=2)
+
+    def record_id(self, position: int) -> str:
+        """Keyed-hash name of a record; says nothing without the key."""
+        return record_name(self._shards.entry(position))
+
+    def group_id(self, position: int) -> str:
+        """Keyed hash of the record's patient (or folder): split on this."""
+        return self._shards.entry(position)["patient"].tobytes().hex()
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds the SHA-256 of every shard."""
+        return self._digest

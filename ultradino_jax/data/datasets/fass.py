@@ -1,0 +1,122 @@
+"""FASS: fetal abdominal structures (Mendeley 4gcpm9dsc3 v1, CC BY 4.0).
+
+1,588 images of 169 women with masks of four structures. The paper's split is not
+published; splits are made by patient.
+"""
+
+import os
+import re
+from pathlib import PurePosixPath
+from typing import ClassVar
+
+import tensorflow_datasets as tfds
+
+from ultradino_jax.data.datasets.archive import decode_grey
+from ultradino_jax.data.datasets.masks import (
+    check_partners,
+    encode_png,
+    find_folder,
+    paint,
+    stems_in,
+)
+from ultradino_jax.data.datasets.records import load_segmented_records, masked_features
+from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.data.restricted_pickle import load_npy_pickle
+
+URL = (
+    "https://data.mendeley.com/public-files/datasets/4gcpm9dsc3/files/"
+    "89e74076-ff57-4e81-9634-4fc29c6128ff/file_downloaded"
+)
+CLASSES = (
+    "background",
+    "aorta artery",
+    "liver",
+    "stomach",
+    "intrahepatic umbilical vein",
+)
+# In painting order: where two overlap, the later one is kept. Small ones come last.
+PAINTED = {"liver": 2, "stomach": 3, "artery": 1, "vein": 4}
+
+
+class Fass(tfds.core.GeneratorBasedBuilder):
+    """FASS as one split; images keep the files' bytes, masks become index PNGs."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "Mendeley 4gcpm9dsc3, version 1"}
+    # tfds would find this through importlib_resources, which nothing installs.
+    code_path = tfds.core.Path(__file__)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Put the zip from https://data.mendeley.com/datasets/4gcpm9dsc3, or what it "
+        "unpacks to, in this folder"
+    )
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=masked_features(),
+            homepage="https://data.mendeley.com/datasets/4gcpm9dsc3",
+        )
+
+    def _split_generators(self, dl_manager):
+        try:
+            source = dl_manager.manual_dir
+        except AssertionError:  # there is none, or it is empty
+            source = dl_manager.download(URL)
+        files, folder = find_folder(source, "IMAGES")
+        images = stems_in(files, folder, (".png",))
+        arrays = PurePosixPath(folder).parent / "ARRAY_FORMAT"
+        masks = stems_in(files, str(arrays), (".npy",))
+        check_partners(images, masks, folder)
+        for stem in images:
+            if not re.fullmatch(r"P\d+_IMG\d+", stem):
+                raise ValueError(f"{folder}: {stem!r} is not named P.._IMG..")
+        return {"train": self._generate_examples(files, images, masks)}
+
+    def _generate_examples(self, files, images, masks):
+        for stem, name in images.items():
+            png = files.read(name)
+            # The picture inside the array is not always that of the PNG.
+            shape = decode_grey(png).shape
+            mask = read_structures(files.read(masks[stem]), shape, masks[stem])
+            patient = stem.split("_")[0]  # of no fixed width: P01 is not P010
+            yield (
+                stem,
+                {
+                    "image": png,
+                    "mask": encode_png(mask),
+                    "id": stem,
+                    "patient": patient,
+                },
+            )
+
+
+def read_structures(data: bytes, shape: tuple[int, int], where: str):
+    """Pickled array file -> index mask uint8 [H,W], without running what is in it.
+
+    Raises ValueError naming the file for a pickle that wants more than arrays, another
+    content, or masks of another size than the image.
+    """
+    try:
+        content = load_npy_pickle(data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("structures"), dict):
+        raise ValueError(f"{where}: no dict of structures in it")
+    return paint(content["structures"], PAINTED, shape, where)
+
+
+def load_fass(
+    data_dir: str | os.PathLike,
+    *,
+    manual_dir: str | os.PathLike = "",
+    download: bool = False,
+) -> SegmentedImages:
+    """The data set, prepared in `data_dir` on first use; no splits are made.
+
+    manual_dir: folder with the user's zip or unpacked files; otherwise `download`
+    allows fetching it. Raises FileNotFoundError when neither is there.
+    """
+    return load_segmented_records(
+        Fass, data_dir, manual_dir=manual_dir, download=download, classes=CLASSES
+    )

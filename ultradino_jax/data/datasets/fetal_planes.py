@@ -1,0 +1,173 @@
+"""FETAL_PLANES_DB (Burgos-Artizzu et al. 2020, Zenodo 3904280, CC BY 4.0).
+
+12,400 fetal ultrasound images of 1,792 patients in six classes. The official split is
+by patient (7,129 train, 5,271 test); the paper takes a fifth of the training patients
+for validation, which ones it does not say.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ultradino_jax.data.datasets.archive import (
+    find_table,
+    match_images,
+    read_table,
+)
+from ultradino_jax.data.datasets.labelled import (
+    SPLITS,
+    LabelledImages,
+    check_patients,
+    complete_splits,
+)
+from ultradino_jax.data.datasets.records import load_records, planes_features
+
+URL = "https://zenodo.org/records/3904280/files/FETAL_PLANES_ZENODO.zip"
+TABLE = "FETAL_PLANES_DB_data.csv"
+# Label order of the csv splits in the paper's repository.
+CLASSES = (
+    "Other",
+    "Maternal cervix",
+    "Fetal abdomen",
+    "Fetal brain",
+    "Fetal femur",
+    "Fetal thorax",
+)
+COLUMNS = {
+    "brain_plane": "Brain_plane",
+    "operator": "Operator",
+    "machine": "US_Machine",
+}
+
+
+class FetalPlanes(tfds.core.GeneratorBasedBuilder):
+    """FETAL_PLANES_DB with its official splits; images keep the files' bytes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "Zenodo record 3904280"}
+    # tfds would find this through importlib_resources, which nothing installs.
+    code_path = tfds.core.Path(__file__)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        f"Put FETAL_PLANES_ZENODO.zip from {URL}, or what it unpacks to, in this folder"
+    )
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=planes_features(CLASSES, tuple(COLUMNS)),
+            supervised_keys=("image", "label"),
+            homepage="https://zenodo.org/records/3904280",
+        )
+
+    def _split_generators(self, dl_manager):
+        try:
+            source = dl_manager.manual_dir
+        except AssertionError:  # there is none, or it is empty
+            source = dl_manager.download(URL)
+        files, table = find_table(source, TABLE)
+        rows = read_table(
+            files.read(table),
+            ["Image_name", "Patient_num", "Plane", "Train", *COLUMNS.values()],
+            table,
+        )
+        for row in rows:
+            if row["Plane"] not in CLASSES:
+                raise ValueError(
+                    f"{table}: image {row['Image_name']!r} has the unknown class "
+                    f"{row['Plane']!r}; known are {', '.join(map(repr, CLASSES))}"
+                )
+            if row["Train"] not in ("0", "1"):
+                raise ValueError(
+                    f"{table}: Train of image {row['Image_name']!r} is "
+                    f"{row['Train']!r}, not 0 or 1"
+                )
+        folder = str(PurePosixPath(table).parent)
+        names = [row["Image_name"].removesuffix(".png") for row in rows]
+        paths = match_images(files, folder, names, table)
+
+        return {
+            "train": self._generate_examples(files, paths, rows, "1"),
+            "test": self._generate_examples(files, paths, rows, "0"),
+        }
+
+    def _generate_examples(self, files, paths, rows, flag):
+        for row in rows:
+            if row["Train"] == flag:
+                name = row["Image_name"].removesuffix(".png")
+                yield (
+                    name,
+                    {
+                        "image": files.read(paths[name]),
+                        "label": row["Plane"],
+                        "id": name,
+                        "patient": row["Patient_num"],
+                        **{k: row[v] for k, v in COLUMNS.items()},
+                    },
+                )
+
+
+def load_fetal_planes(
+    data_dir: str | os.PathLike,
+    *,
+    manual_dir: str | os.PathLike = "",
+    download: bool = False,
+    val_fraction: float = 0.2,
+    split_seed: int = 0,
+    split_files: Sequence[str] = (),
+) -> LabelledImages:
+    """The data set, prepared in `data_dir` on first use.
+
+    manual_dir: folder with the user's zip or unpacked files; otherwise `download`
+    allows fetching it from Zenodo. Validation is a fraction of the training patients,
+    or everything comes from `split_files`: three csv files (train, val, test) with a
+    column Image_name, such as the reference's.
+    Raises FileNotFoundError when nothing is there and nothing may be downloaded.
+    """
+    data = load_records(
+        FetalPlanes,
+        data_dir,
+        manual_dir=manual_dir,
+        download=download,
+        classes=CLASSES,
+        groups=tuple(COLUMNS),
+    )
+    check_patients(data)
+    if split_files:
+        return apply_split_files(data, split_files)
+    return complete_splits(
+        data, val_fraction=val_fraction, test_fraction=0.0, seed=split_seed
+    )
+
+
+def apply_split_files(
+    data: LabelledImages, split_files: Sequence[str | os.PathLike]
+) -> LabelledImages:
+    """Images and splits as three csv files (train, val, test) say.
+
+    Images that none of them lists are left out.
+    Raises ValueError for an image that is unknown or listed twice.
+    """
+    if len(split_files) != 3:
+        raise ValueError(f"split files: three are needed, got {len(split_files)}")
+    known = {name: i for i, name in enumerate(data.ids)}
+    chosen: dict[int, str] = {}
+    for split, path in zip(SPLITS, split_files, strict=True):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{split} split file {str(path)!r} does not exist")
+        for row in read_table(Path(path).read_bytes(), ["Image_name"], str(path)):
+            name = row["Image_name"].removesuffix(".png")
+            if name not in known:
+                raise ValueError(f"{path}: image {name!r} is not in {data.name}")
+            if known[name] in chosen:
+                raise ValueError(f"{path}: image {name!r} is listed twice")
+            chosen[known[name]] = split
+    rows = np.array(sorted(chosen))
+    part = data.take(rows)
+    return LabelledImages(
+        **{**vars(part), "splits": np.array([chosen[i] for i in rows], "<U8")}
+    )

@@ -1,0 +1,161 @@
+"""JNU-IFM: intrapartum transperineal videos (figshare 14371652 v2, CC BY 4.0).
+
+78 videos of 51 women, 6,224 labelled frames; 3,743 show both pubic symphysis and fetal
+head, and only those are used, as in the paper. No table says which videos are of one
+woman, so videos are grouped by the time stamp their names begin with.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import PurePosixPath
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ultradino_jax.data.datasets.archive import read_table
+from ultradino_jax.data.datasets.masks import (
+    decode_index,
+    encode_png,
+    find_folder,
+    remap,
+)
+from ultradino_jax.data.datasets.records import load_segmented_records, masked_features
+from ultradino_jax.data.datasets.segmented import SegmentedImages
+
+URL = "https://figshare.com/ndownloader/articles/14371652/versions/2"
+CLASSES = ("background", "pubic symphysis", "fetal head")
+VALUES = {0: 0, 7: 1, 8: 2}
+BOTH = "6"  # frame_label: 3 none, 4 only symphysis, 5 only head, 6 both
+TABLE = "frame_label.csv"
+
+
+class JnuIfm(tfds.core.GeneratorBasedBuilder):
+    """Frames with both structures as one split, masks as index PNGs."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "figshare 14371652, version 2"}
+    # tfds would find this through importlib_resources, which nothing installs.
+    code_path = tfds.core.Path(__file__)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Put the archive from https://doi.org/10.6084/m9.figshare.14371652, or what it "
+        "unpacks to, in this folder"
+    )
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=masked_features(),
+            homepage="https://doi.org/10.6084/m9.figshare.14371652",
+        )
+
+    def _split_generators(self, dl_manager):
+        try:
+            source = dl_manager.manual_dir
+        except AssertionError:  # there is none, or it is empty
+            source = dl_manager.download(URL)
+        files, _ = find_folder(source, "image")
+        return {"train": self._generate_examples(files)}
+
+    def _generate_examples(self, files):
+        left_out = Counter()
+        for frame in frames(files):
+            mask = None
+            if frame.mask is None:
+                left_out["without a mask"] += 1
+            elif frame.label is None:
+                left_out[f"without a row in {TABLE}"] += 1
+            else:
+                stored = decode_index(files.read(frame.mask), frame.mask)
+                mask = remap(stored, VALUES, frame.mask)
+                both = all((mask == k).any() for k in (1, 2))
+                if not both or frame.label != BOTH:
+                    left_out["without both structures"] += 1
+                    mask = None
+            if mask is None:
+                continue
+            yield (
+                frame.name,
+                {
+                    "image": files.read(frame.image),
+                    "mask": encode_png(mask),
+                    "id": frame.name,
+                    "patient": patient_of(frame.video),
+                },
+            )
+        for reason, count in left_out.items():
+            print(f"jnu_ifm: {count} frames {reason} left out", file=sys.stderr)
+
+
+class Frame:
+    """Names of a frame's files; mask and label are None where there is none."""
+
+    def __init__(self, video, name, image, mask, label):
+        self.video, self.name, self.image = video, name, image
+        self.mask, self.label = mask, label
+
+
+def frames(files):
+    """All frames below any nesting, joined over image, mask and table by name.
+
+    The counts of the three differ in the published archive: zipping sorted lists would
+    pair the wrong ones.
+    """
+    known = set(files.names)
+    labels: dict[str, dict[str, str]] = {}
+    for image in files.names:
+        path = PurePosixPath(image)
+        if path.parent.name != "image" or path.suffix.lower() != ".png":
+            continue
+        folder = path.parents[1]
+        mask = str(folder / "mask" / f"{path.stem}_mask.png")
+        table = str(folder / TABLE)
+        if table not in labels:
+            rows = []
+            if table in known:
+                columns = ["frame_id", "frame_label"]
+                rows = read_table(files.read(table), columns, table)
+            labels[table] = {row["frame_id"]: row["frame_label"] for row in rows}
+        number = path.stem.removeprefix(f"{folder.name}_")
+        yield Frame(
+            folder.name,
+            path.stem,
+            image,
+            mask if mask in known else None,
+            labels[table].get(number),
+        )
+
+
+def patient_of(video: str) -> str:
+    """The time stamp a video's name begins with: '20190909T155747', else the name.
+
+    Suffixes ('I1', '_0', '__B_产科_0') mark further videos of one examination.
+    """
+    stamp = re.match(r"\d{8}T\d{6}", video)
+    return stamp.group() if stamp else video
+
+
+def load_jnu_ifm(
+    data_dir: str | os.PathLike,
+    *,
+    manual_dir: str | os.PathLike = "",
+    download: bool = False,
+    group_by: str = "examination",
+) -> SegmentedImages:
+    """The data set, prepared in `data_dir` on first use; no splits are made.
+
+    group_by: 'examination' groups videos of one time stamp, 'day' those of one day,
+    which is stricter. manual_dir, download: as for FASS.
+    """
+    if group_by not in ("examination", "day"):
+        raise ValueError(f"group_by={group_by!r}: choose 'examination' or 'day'")
+    data = load_segmented_records(
+        JnuIfm, data_dir, manual_dir=manual_dir, download=download, classes=CLASSES
+    )
+    if group_by == "day":
+        days = np.array([p.split("T")[0] for p in data.patients], np.str_)
+        data = SegmentedImages(**{**vars(data), "patients": days})
+    return data

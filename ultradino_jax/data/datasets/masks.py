@@ -1,0 +1,240 @@
+"""Files of segmentation sets: index masks, painted structures, MetaImages, folders."""
+
+import hashlib
+import io
+import itertools
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from ultradino_jax.data.datasets.archive import (
+    ARCHIVES,
+    Files,
+    decode_grey,
+    open_files,
+    read_table,
+    visible,
+)
+from ultradino_jax.data.datasets.labelled import SPLITS
+from ultradino_jax.data.datasets.segmented import (
+    SegmentedImages,
+    segmented_images,
+    values_in,
+)
+
+MASK_FOLDERS = ("annotations", "masks", "mask", "labels")
+
+
+def find_folder(path: str | os.PathLike, folder: str) -> tuple[Files, str]:
+    """Files and the name in them of the first folder called `folder`.
+
+    It is looked for in `path` (folder or archive), in the archives in it and in the
+    zips inside a zip: one of the downloads comes that way.
+    Raises FileNotFoundError saying where was looked.
+    """
+    path = Path(path)
+    places = [open_files(path)]
+    if path.is_dir():
+        places += [
+            open_files(p) for p in sorted(path.iterdir()) if p.name.endswith(ARCHIVES)
+        ]
+    for files in itertools.chain(places, _inner_zips(places)):
+        found = {
+            str(parent)
+            for name in files.names
+            for parent in PurePosixPath(name).parents
+            if parent.name == folder
+        }
+        if found:
+            return files, min(found, key=lambda n: (n.count("/"), n))
+    raise FileNotFoundError(
+        f"no folder {folder!r} in {str(path)!r}, below it or in an archive there"
+    )
+
+
+def _inner_zips(places: Sequence[Files]):
+    """Zips inside the places, each held in memory while it is read."""
+    for files in places:
+        for name in files.names:
+            if name.lower().endswith(".zip"):
+                archive = zipfile.ZipFile(io.BytesIO(files.read(name)))
+                names = (i.filename for i in archive.infolist() if not i.is_dir())
+                yield Files(visible(names), archive.read)
+
+
+def stems_in(files: Files, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
+    """{name without suffix: file name} of the files directly in a folder."""
+    return {
+        PurePosixPath(name).stem: name
+        for name in files.names
+        if str(PurePosixPath(name).parent) == folder
+        and PurePosixPath(name).suffix.lower() in suffixes
+    }
+
+
+def check_partners(images: Mapping, masks: Mapping, where: str) -> None:
+    """Raises ValueError naming the first image without mask or mask without image."""
+    for have, lack, text in (
+        (images, masks, "image {!r} has no mask"),
+        (masks, images, "mask {!r} has no image"),
+    ):
+        alone = sorted(set(have) - set(lack))
+        if alone:
+            raise ValueError(
+                f"{where}: {text.format(alone[0])} ({len(alone)} of {len(have)})"
+            )
+
+
+def decode_index(data: bytes, where: str = "mask") -> np.ndarray:
+    """Index mask file -> uint8 [H,W]: grey values or palette indices as stored.
+
+    A colour file is taken when its channels are equal. Raises ValueError naming it.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image)
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8)
+    if pixels.ndim == 3:
+        first = pixels[:, :, :1]
+        if (pixels[:, :, : min(3, pixels.shape[2])] != first).any():
+            raise ValueError(f"{where}: a colour picture is no index mask")
+        pixels = pixels[:, :, 0]
+    if pixels.max(initial=0) > 255:
+        raise ValueError(f"{where}: the value {pixels.max()} is above 255")
+    return pixels.astype(np.uint8)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 [H,W] -> PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def remap(mask: np.ndarray, values: Mapping[int, int], where: str) -> np.ndarray:
+    """Stored values -> class indices. Raises ValueError for a value without one."""
+    table = np.full(256, 255, np.uint8)
+    table[list(values)] = list(values.values())
+    unknown = np.setdiff1d(values_in(mask), list(values))
+    if len(unknown):
+        raise ValueError(
+            f"{where}: unknown mask value {unknown[0]}; known are "
+            f"{', '.join(map(str, values))}"
+        )
+    return table[mask]
+
+
+def paint(
+    structures: Mapping[str, np.ndarray],
+    painted: Mapping[str, int],
+    shape: tuple[int, int],
+    where: str,
+) -> np.ndarray:
+    """Binary masks -> one index mask; where they overlap, the later of `painted` wins.
+
+    painted: {structure: class index} in painting order; one that is not there has no
+    pixel. Raises ValueError for an unknown structure, another size or value.
+    """
+    unknown = sorted(set(structures) - set(painted))
+    if unknown:
+        raise ValueError(f"{where}: unknown structure {unknown[0]!r}")
+    mask = np.zeros(shape, np.uint8)
+    for name, index in painted.items():
+        if name not in structures:
+            continue
+        binary = np.asarray(structures[name])
+        if binary.shape != shape:
+            raise ValueError(
+                f"{where}: structure {name!r} is {list(binary.shape)}, the image "
+                f"{list(shape)}"
+            )
+        if not np.isin(binary, (0, 1)).all():
+            raise ValueError(f"{where}: structure {name!r} has values beyond 0 and 1")
+        mask[binary == 1] = index
+    return mask
+
+
+def read_mha(data: bytes, where: str) -> np.ndarray:
+    """MetaImage of bytes -> uint8 array, axes in the order of the last DimSize first.
+
+    Only what the sets use: LOCAL data of MET_UCHAR, raw or zlib. Raises ValueError.
+    """
+    end = re.search(rb"ElementDataFile *= *LOCAL\r?\n", data)
+    if end is None:
+        raise ValueError(f"{where}: no header of a MetaImage with LOCAL data")
+    lines = data[: end.start()].decode("ascii", "replace").splitlines()
+    header = dict(re.split(r" *= *", line, maxsplit=1) for line in lines if "=" in line)
+    if header.get("ElementType") != "MET_UCHAR":
+        raise ValueError(f"{where}: ElementType {header.get('ElementType')!r}")
+    body = data[end.end() :]
+    try:
+        shape = [int(n) for n in header["DimSize"].split()][::-1]
+        if header.get("CompressedData", "").strip() == "True":
+            body = zlib.decompress(body)
+        return np.frombuffer(body, np.uint8).reshape(shape)
+    except (KeyError, ValueError, zlib.error) as error:
+        raise ValueError(f"{where}: damaged MetaImage ({error})") from None
+
+
+def load_mask_folders(
+    root: str | os.PathLike, *, classes: Sequence[str]
+) -> SegmentedImages:
+    """Any set of images and index masks of equal base names.
+
+    ROOT/images and ROOT/masks (or annotations, mask, labels), or the same below
+    ROOT/train[/..], ROOT/val and ROOT/test. A mask may be called NAME_mask. With
+    ROOT/patients.csv (columns id, patient) images are grouped; otherwise each is its
+    own patient. classes: names in index order, background first.
+    Raises FileNotFoundError or ValueError naming what is missing.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder {str(root)!r} does not exist")
+    if len(classes) < 2:
+        raise ValueError(f"{str(root)!r}: name the classes, background first")
+    folders = sorted(p for p in root.rglob("images") if p.is_dir())
+    if not folders:
+        raise FileNotFoundError(f"no folder 'images' in {str(root)!r} or below")
+    rows, files = [], []
+    for folder in folders:
+        first = folder.relative_to(root).parts[0]
+        split = first if first in SPLITS else "train"
+        masks = _mask_folder(folder)
+        pairs = {p.stem: p for p in sorted(folder.iterdir()) if p.is_file()}
+        partners = {p.stem.removesuffix("_mask"): p for p in sorted(masks.iterdir())}
+        check_partners(pairs, partners, str(folder.parent))
+        for stem, path in pairs.items():
+            rows.append({"id": stem, "patient": stem, "split": split})
+            files.append((path, partners[stem]))
+    table = root / "patients.csv"
+    if table.is_file():
+        content = read_table(table.read_bytes(), ["id", "patient"], str(table))
+        patients = {row["id"]: row["patient"] for row in content}
+        for row in rows:
+            if row["id"] not in patients:
+                raise ValueError(f"{table}: no patient of image {row['id']!r}")
+            row["patient"] = patients[row["id"]]
+    names = "\n".join(f"{r['split']}/{r['id']}/{r['patient']}" for r in rows)
+    return segmented_images(
+        root.resolve().name,
+        hashlib.sha256(names.encode()).hexdigest()[:16],
+        classes,
+        rows,
+        lambda i: decode_grey(files[i][0].read_bytes()),
+        lambda i: decode_index(files[i][1].read_bytes(), str(files[i][1])),
+    )
+
+
+def _mask_folder(images: Path) -> Path:
+    for name in MASK_FOLDERS:
+        if (images.parent / name).is_dir():
+            return images.parent / name
+    raise FileNotFoundError(
+        f"no folder of masks ({', '.join(MASK_FOLDERS)}) beside {str(images)!r}"
+    )

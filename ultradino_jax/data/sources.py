@@ -1,0 +1,299 @@
+"""Where pretraining images come from: a folder, a list of paths, or the phantom.
+
+A source is random access: `len(source)`, `source[i]` -> uint8 [H, W, C] (read-only, any
+H and W of at least MIN_SIDE pixels), `record_id(i)` -> str, `digest()` -> str. Reading
+raises `BadImage` when a record exists but cannot be used; the pipeline replaces it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MIN_SIDE = 16
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+# The decoder goes by content, so a PNG that is called .jpg is still read.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_PIL_MODE = {1: "L", 3: "RGB"}
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; `reason` says why, `record` names the image."""
+
+    def __init__(self, reason: str, record: str = ""):
+        super().__init__(reason, record)  # both, so that it survives pickling
+        self.reason = reason
+        self.record = record
+
+    def __str__(self) -> str:
+        return f"{self.record}: {self.reason}" if self.record else self.reason
+
+
+def read_image(path: str | os.PathLike, channels: int = 1) -> np.ndarray:
+    """Decodes a PNG, JPEG, TIFF or BMP file completely.
+
+    channels=1 gives Pillow's `convert("L")` (ITU-R 601 luma, alpha ignored), which is
+    what the reference feeds its FUS augmentation; channels=3 gives `convert("RGB")`,
+    so a grey file is replicated. One deviation: a 16-bit grey file is scaled by the
+    range of its type, round(v * 255 / 65535), where Pillow clips everything above 255
+    to white. Pillow decodes, not OpenCV, because OpenCV fills the missing part of a
+    truncated file with grey and only prints a warning.
+
+    Returns:
+      uint8 [H, W, C], read-only.
+
+    Raises:
+      BadImage: missing, truncated or undecodable, of a pixel type without a known
+        range (32-bit integer or float), or with a side below MIN_SIDE pixels.
+    """
+    name = os.fspath(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            image.info.pop("transparency", None)  # ignored, and Pillow would warn
+            if image.mode.startswith("I;16"):
+                deep = np.asarray(image).astype(np.uint32)
+                pixels = ((deep + 128) // 257).astype(np.uint8)
+                pixels = np.repeat(pixels[:, :, None], channels, axis=2)
+            elif image.mode in ("I", "F"):
+                raise BadImage(f"pixel type {image.mode} has no 8-bit range", name)
+            else:
+                pixels = np.asarray(image.convert(_PIL_MODE[channels]))
+                pixels = pixels.reshape(*pixels.shape[:2], channels)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them
+        raise BadImage(f"{type(error).__name__}: {error}", name) from error
+    if min(pixels.shape[:2]) < MIN_SIDE:
+        height, width = pixels.shape[:2]
+        raise BadImage(f"{width}x{height} pixels, a side below {MIN_SIDE}", name)
+    pixels.flags.writeable = False
+    return pixels
+
+
+class _FileSource:
+    """Image files under `root`; subclasses differ in how they find the names."""
+
+    def __init__(self, root: Path, names: Iterable[str], channels: int):
+        _check_channels(channels)
+        self.root = root
+        self.channels = channels
+        # Millions of paths travel to every spawned worker: one buffer and an offset
+        # table are a third of the size of a list of str and pickle at memcpy speed.
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._buffer = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def record_id(self, index: int) -> str:
+        """The file's path relative to the root, with forward slashes."""
+        _check_index(index, len(self))
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._buffer[start : self._ends[index]])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        name = self.record_id(index)
+        try:
+            return read_image(self.root / name, self.channels)
+        except BadImage as error:
+            raise BadImage(error.reason, name) from error
+
+    def digest(self) -> str:
+        """sha256 over the record ids in order: equal digests mean equal streams."""
+        return _digest(self.record_id(i) for i in range(len(self)))
+
+
+class FolderSource(_FileSource):
+    """Every image below a folder, sorted by relative path.
+
+    Folders are searched recursively and through symbolic links (each real folder once,
+    so a link to a parent ends). Names that start with a dot are skipped. Extensions are
+    matched whatever their case.
+
+    Raises:
+      FileNotFoundError: `root` is not a folder.
+      ValueError: there is no image below it, or `channels` is not 1 or 3.
+    """
+
+    def __init__(self, root: str | os.PathLike, channels: int = 1):
+        folder = Path(root)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"image folder {str(root)!r} does not exist")
+        names = sorted(_walk(folder))
+        if not names:
+            wanted = " ".join(EXTENSIONS)
+            raise ValueError(f"no image ({wanted}) in folder {str(root)!r}")
+        super().__init__(folder, names, channels)
+
+
+class ListSource(_FileSource):
+    """The images named by a text file: one relative path per line, no header.
+
+    This is the format of the reference's `train_paths_13m.csv`. Paths are relative to
+    `root`, by default the folder of the list. Empty lines are ignored. Files are not
+    looked for until they are read, so a missing one is a BadImage of that record.
+
+    Raises:
+      FileNotFoundError: `list_file` does not exist.
+      ValueError: it names no image, or `channels` is not 1 or 3.
+    """
+
+    def __init__(
+        self,
+        list_file: str | os.PathLike,
+        root: str | os.PathLike | None = None,
+        channels: int = 1,
+    ):
+        path = Path(list_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"image list {str(list_file)!r} does not exist")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise ValueError(f"image list {str(list_file)!r} names no image")
+        super().__init__(path.parent if root is None else Path(root), names, channels)
+
+
+class PhantomSource:
+    """Rendered fetal-ultrasound phantoms, for runs without any data.
+
+    Rendering is slow next to decoding, so a process keeps what it has rendered; a copy
+    sent to a worker starts empty. Threads may render the same image twice, with the
+    same result.
+
+    Args:
+      num_images: number of records.
+      size: (H, W) in pixels.
+      seed: phantoms of another seed are other images.
+      channels: C; 3 replicates the grey image.
+      settings: see `render_phantom`; None is the full variety.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        size: tuple[int, int] = (256, 256),
+        seed: int = 0,
+        channels: int = 1,
+        settings: int | None = None,
+    ):
+        _check_channels(channels)
+        if num_images < 1 or min(size) < MIN_SIDE:
+            raise ValueError(
+                f"phantom source needs an image and sides of {MIN_SIDE} pixels, got "
+                f"num_images={num_images}, size={tuple(size)}"
+            )
+        self.num_images = num_images
+        self.size = (int(size[0]), int(size[1]))
+        self.seed = seed
+        self.channels = channels
+        self.settings = settings
+        self._rendered: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_rendered": {}}
+
+    def record_id(self, index: int) -> str:
+        """A name that holds all that decides the pixels."""
+        _check_index(index, len(self))
+        world = f"settings{self.settings}/" if self.settings else ""
+        height, width = self.size
+        return f"phantom/{height}x{width}/seed{self.seed}/{world}{index}"
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        from .phantom import render_phantom
+
+        _check_index(index, len(self))
+        if index not in self._rendered:
+            phantom = render_phantom(
+                index, seed=self.seed, size=self.size, settings=self.settings
+            )
+            pixels = np.repeat(phantom.image[:, :, None], self.channels, axis=2)
+            pixels.flags.writeable = False
+            self._rendered[index] = pixels
+        return self._rendered[index]
+
+    def digest(self) -> str:
+        """sha256 over the record ids in order."""
+        return _digest(self.record_id(i) for i in range(len(self)))
+
+
+def open_source(
+    root: str | os.PathLike,
+    *,
+    list_file: str | os.PathLike | None = None,
+    channels: int = 1,
+):
+    """Opens the source that a folder is.
+
+    With `list_file`, the images it names relative to `root`, the list itself being
+    looked up in `root` first; a folder whose manifest.json has the format
+    "ultradino_cache" is a prepared cache; any other folder is searched for images.
+
+    Raises:
+      FileNotFoundError: the folder or the list does not exist.
+      ValueError: no image there, an unreadable manifest, or a bad argument.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder {str(root)!r} does not exist")
+    if list_file is not None:
+        inside = folder / list_file
+        chosen = inside if inside.is_file() else Path(list_file)
+        return ListSource(chosen, folder, channels)
+    if _is_cache(folder / "manifest.json"):
+        from .cache import CacheSource
+
+        return CacheSource(root, channels)
+    return FolderSource(root, channels)
+
+
+def _is_cache(manifest: Path) -> bool:
+    if not manifest.is_file():
+        return False
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(manifest)!r} is not valid JSON: {error}") from error
+    return isinstance(content, dict) and content.get("format") == "ultradino_cache"
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    visited = set()
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        stat = os.stat(parent)
+        if (stat.st_dev, stat.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
+        # Sorted, so that of two links to one folder always the same one is taken.
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        prefix = Path(parent).relative_to(folder)
+        for name in files:
+            if name[0] != "." and name.lower().endswith(EXTENSIONS):
+                yield (prefix / name).as_posix()
+
+
+def _digest(ids: Iterable[str]) -> str:
+    sha = hashlib.sha256()
+    for record_id in ids:
+        sha.update(os.fsencode(record_id) + b"\0")
+    return sha.hexdigest()
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in _PIL_MODE:
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+
+
+def _check_index(index: int, length: int) -> None:
+    if not 0 <= index < length:
+        raise IndexError(f"record {index} of a source of {length}")

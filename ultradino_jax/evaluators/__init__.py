@@ -1,0 +1,1 @@
+"""Frozen-feature and fine-tuning evaluations."""

@@ -1,0 +1,195 @@
+"""Export a backbone to another library, checked there before it is kept.
+
+    python -m ultradino_jax.export --checkpoint runs/vitb --format hf --out exports/hf
+
+Formats: hf (a Hugging Face folder), timm, meta (DINOv2's and UltraDINO's
+teacher_checkpoint.pth, with --heads also the projection heads), onnx, safetensors (this
+project's own single file). `--checkpoint` takes a run or any file that
+`interop.load.load_backbone_file` reads.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.data.sources import PhantomSource, open_source
+from ultradino_jax.evaluators.features import Preprocess
+from ultradino_jax.interop.card import model_card
+from ultradino_jax.interop.load import load_backbone_file, with_channels
+from ultradino_jax.interop.onnx_graph import to_channels_first
+from ultradino_jax.interop.run import run_facts, run_heads
+from ultradino_jax.interop.save import FORMATS, TARGETS, target_model, write
+
+TOLERANCE = 1e-4  # of the largest feature, or absolute where features are below one
+BATCHES = (1, 5, 2)  # sizes in which the target library sees the images
+
+
+class ExportRefused(Exception):
+    """An export did not compute what the checkpoint computes; nothing was written."""
+
+
+def check_images(backbone: Backbone, folder: str | Path | None) -> np.ndarray:
+    """Float32 [8,S,S,C], normalised: the first images of a folder, or phantoms."""
+    count = sum(BATCHES)
+    channels = backbone.channels
+    source = (
+        open_source(folder, channels=channels)
+        if folder
+        else PhantomSource(count, channels=channels)
+    )
+    preprocess = Preprocess.of(backbone)
+    rows = [preprocess.resize(source[i % len(source)]) for i in range(count)]
+    return preprocess.normalise(np.stack(rows))
+
+
+def our_features(backbone: Backbone, images: np.ndarray):
+    """(CLS [B,D], patches [B,N,D]) in float32; images [B,S,S,C], normalised."""
+    model = backbone.model.clone(dtype=jnp.float32)
+    out = jax.jit(model.apply)({"params": backbone.params}, jnp.asarray(images))
+    return np.asarray(out.cls_token), np.asarray(out.patch_tokens)
+
+
+def _differences(ours, theirs, where: str) -> dict[str, float]:
+    """Largest differences, by output. Raises ExportRefused above the tolerance."""
+    found = {}
+    for name, a, b in zip(("cls", "patch"), ours, theirs, strict=True):
+        if a.shape != b.shape:
+            raise ExportRefused(f"{where}: {name} is {b.shape}, ours is {a.shape}")
+        found[name] = float(np.abs(a - b).max())
+        limit = TOLERANCE * max(1.0, float(np.abs(a).max()))
+        if not found[name] <= limit:  # also when it is NaN
+            raise ExportRefused(
+                f"{where}: {name} features differ by {found[name]:.2e}, more than "
+                f"{limit:.1e}; nothing was written"
+            )
+    return found
+
+
+def _check_reload(kind: str, folder: Path, ours, images: np.ndarray) -> dict:
+    if kind == "onnx":
+        return {"verdict": "not possible from ONNX"}
+    again = our_features(load_backbone_file(folder), images)
+    difference = _differences(ours, again, "loaded back here")
+    equal = not any(difference.values())
+    verdict = "bit-equal" if equal else f"within {max(difference.values()):.1e}"
+    return {"verdict": verdict, "bit_equal": equal, "difference": difference}
+
+
+def _check_target(kind: str, folder: Path, ours, images: np.ndarray) -> dict:
+    if kind not in TARGETS:
+        return {"reason": "its code is not a Python package"}
+    try:
+        library, run = target_model(kind, folder)
+    except ImportError as error:
+        return {"reason": f"{TARGETS[kind]} is not usable here ({error})"}
+    batches = np.split(to_channels_first(images), np.cumsum(BATCHES)[:-1])
+    parts = [run(batch) for batch in batches]
+    theirs = [np.concatenate(tokens) for tokens in zip(*parts, strict=True)]
+    difference = _differences(ours, theirs, library)
+    return {"library": library, "difference": difference, "batches": list(BATCHES)}
+
+
+def export(
+    checkpoint: str | Path,
+    kind: str,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    image_size: int | None = None,
+    rgb: bool = False,
+    heads: bool = False,
+    licence: str = "",
+) -> dict:
+    """Write a checkpoint in another library's format; returns export_report.json.
+
+    kind: one of FORMATS. images: folder for the check, None renders phantoms.
+    image_size: as for `load_backbone_file`. rgb: three input channels, the patch kernel
+    repeated and divided by three. heads: the projection heads too ('meta', from a run).
+    licence: SPDX id for the model card.
+
+    The files are loaded back here and, when it is installed, run in the target library;
+    `out` appears only when the features agree. Raises ExportRefused when they do not,
+    FileExistsError when `out` is there and no earlier export, ImportError or ValueError
+    for what cannot be written.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out / "export_report.json").is_file():
+        raise FileExistsError(f"{str(out)!r} exists and is not an earlier export")
+    backbone = load_backbone_file(checkpoint, image_size=image_size)
+    if rgb:
+        backbone = with_channels(backbone, 3)
+    params = jax.tree.map(np.asarray, backbone.params)
+    backbone = dataclasses.replace(backbone, params=params)
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        write(kind, backbone, fresh, run_heads(checkpoint) if heads else None)
+        batch = check_images(backbone, images)
+        ours = our_features(backbone, batch)
+        report = {
+            "format": kind,
+            "name": backbone.name,
+            "parameters_sha256": backbone.digest,
+            "images": f"{len(batch)} of {'a folder' if images else 'the phantom'}",
+            "image_size": backbone.image_size,
+            "tolerance": TOLERANCE,
+            "reload": _check_reload(kind, fresh, ours, batch),
+            "target": _check_target(kind, fresh, ours, batch),
+            "heads": heads,
+        }
+        card = model_card(kind, backbone, run_facts(checkpoint), report, licence)
+        (fresh / "README.md").write_text(card)
+        text = json.dumps(report, indent=1) + "\n"
+        (fresh / "export_report.json").write_text(text)
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("ultradino_jax.export", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="run, folder or file")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--out", required=True, help="folder to create")
+    parser.add_argument("--images", help="folder of images for the check")
+    parser.add_argument("--image-size", type=int, help="side in pixels; native if left")
+    parser.add_argument("--rgb", action="store_true", help="three input channels")
+    parser.add_argument("--heads", action="store_true", help="projection heads too")
+    parser.add_argument("--license", default="", help="SPDX id for the model card")
+    flags = parser.parse_args(argv)
+    try:
+        report = export(
+            flags.checkpoint,
+            flags.format,
+            flags.out,
+            images=flags.images,
+            image_size=flags.image_size,
+            rgb=flags.rgb,
+            heads=flags.heads,
+            licence=flags.license,
+        )
+    except (ExportRefused, OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    target = report["target"]
+    if "difference" in target:
+        worst = max(target["difference"].values())
+        print(f"{target['library']} computes the same features within {worst:.1e}")
+    else:
+        print(f"NOT checked in its target library: {target['reason']}")
+    print(f"{report['name']} written to {flags.out} ({report['reload']['verdict']})")
+
+
+if __name__ == "__main__":
+    main()

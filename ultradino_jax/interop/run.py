@@ -1,0 +1,71 @@
+"""What a training run left beside its exported backbone: facts, and the heads."""
+
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+
+def find_run(checkpoint: str | Path) -> Path | None:
+    """The workdir that a checkpoint path is or lies in, or None for a foreign file."""
+    path = Path(checkpoint).absolute()
+    for folder in (path, path.parent):
+        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def _exported_step(run: Path) -> int | None:
+    record = run / "backbone" / "backbone.json"
+    return json.loads(record.read_text()).get("step") if record.is_file() else None
+
+
+def run_facts(checkpoint: str | Path) -> dict:
+    """What a model card says of the training, {} when there is no run.
+
+    step: optimiser steps of the exported backbone; images: records of the source;
+    config: the run's config; metrics: the last line logged up to that step.
+    """
+    run = find_run(checkpoint)
+    if run is None:
+        return {}
+    facts: dict = {"config": json.loads((run / "config.json").read_text())}
+    step = facts["step"] = _exported_step(run)
+    meta = run / "checkpoints" / str(step) / "meta" / "metadata"
+    if meta.is_file():
+        facts["images"] = json.loads(meta.read_text())["stream"]["records"]
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file():
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = [line for line in lines if step is None or line["step"] < step]
+        facts["metrics"] = lines[-1] if lines else {}
+    return facts
+
+
+def run_heads(checkpoint: str | Path) -> dict:
+    """The teacher's heads {'dino_head': params[, 'ibot_head': params]} of a run.
+
+    They are read from the train state saved at the step of the exported backbone.
+    Raises FileNotFoundError when the path is no run, or that state is no longer kept.
+    """
+    run = find_run(checkpoint)
+    if run is None:
+        raise FileNotFoundError(
+            f"{str(checkpoint)!r} is not the workdir of a run: only a run has heads"
+        )
+    step = _exported_step(run)
+    state = run / "checkpoints" / str(step) / "state"
+    if not state.is_dir():
+        raise FileNotFoundError(
+            f"{str(run)!r} keeps no train state of step {step}, the backbone's step"
+        )
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(state).item_metadata["teacher"]
+        heads = {"teacher": {k: v for k, v in tree.items() if k != "backbone"}}
+        to_here = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), heads)
+        arguments = ocp.args.PyTreeRestore(
+            heads, restore_args=to_here, partial_restore=True
+        )
+        return checkpointer.restore(state, args=arguments)["teacher"]
