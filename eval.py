@@ -1,7 +1,8 @@
 """Evaluate: python eval.py --config=configs/fetal_planes.py:linear --checkpoint=...
 
 --checkpoint is the workdir of a pretraining run, an exported backbone or a file that
-interop can convert; --workdir receives the results.
+interop can convert, and is left out when all of config.rows are trained from scratch;
+--workdir receives the results.
 """
 
 import os
@@ -38,5 +39,5 @@ def main(argv):
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    flags.mark_flags_as_required(["config", "checkpoint", "workdir"])
+    flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

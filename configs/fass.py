@@ -10,12 +10,17 @@ run in one call; the same call again goes on after an interruption. Any folder o
 and index masks works too (`--config.data.name=folder --config.data.path=DIR
 --config.data.classes="('background','head')"`).
 
+Rows that are trained from scratch need no checkpoint: `--config.rows="('unet',
+'multiresunet', 'unetr')"`, or `"('random init',)"` with `--config.model.arch=small`
+(docs/baselines.md).
+
 Numbers of the paper (mean Dice on its test set; whether with background it does not
 say): 20 images, 5 splits: UltraDINO ViT-B 74.24, ViT-S 73.29, from scratch 63.28 and
 62.54; full: 79.51 and 79.14, from scratch 78.53 and 77.95. Its split is not published,
 so figures are not comparable image by image.
 
-Sources: [P] the paper; [U] the released UltraDINO configs and code; [J] this project.
+Sources: [P] the paper; [U] the released UltraDINO configs and code; [N] the paper or
+release of the network; [J] this project.
 """
 
 from ml_collections import ConfigDict
@@ -32,14 +37,17 @@ def get_config(subset: str = "full") -> ConfigDict:
     c.allow_overlap = False
 
     c.model = ConfigDict()
-    c.model.arch = ""  # size the checkpoint must have, '' for any
+    # Size the checkpoint must have, '' for any; without one, the size built.
+    c.model.arch = ""
+    c.model.patch_size = 16  # [P] without a checkpoint only
     c.model.image_size = 224  # [U]; images are stretched to the square
     c.model.channels = 0  # 0 is what the checkpoint carries
     c.model.registers = "drop"  # [U] has none; 'keep' trains them on
     c.model.norm = "none"  # [U]; 'batch' puts a batch norm behind every convolution
     c.model.head_channels = 0  # [U] the backbone's width, which 0 stands for
 
-    c.rows = ("teacher", "random init")  # [P] 'from scratch' is the second
+    # [P] 'from scratch' is the second; also unet, multiresunet and unetr.
+    c.rows = ("teacher", "random init")
     c.random_init_seed = 0
     c.seeds = (0, 1, 2, 3, 4) if few else (0, 1, 2)  # [P] five splits; three seeds
     c.replicates = 2000  # [J] of the patient bootstrap
@@ -60,6 +68,30 @@ def get_config(subset: str = "full") -> ConfigDict:
     c.train.translation = "reference"
     c.train.validate_every = 450  # [U] steps
     c.train.checkpoint_every = 4  # [J] validations
+
+    # Rows of supervised networks: batches, warm-up, loss and augmentation are those of
+    # c.train, steps [J] those of every other row from scratch.
+    c.unet = ConfigDict()
+    c.unet.learning_rate = 1e-4  # [J] c.train's; its paper used SGD on single images
+    c.unet.weight_decay = 0.01  # [J] c.train's
+    c.unet.steps = 45_000
+    c.unet.width = 64  # [N]
+    c.unet.norm = "none"  # [N]; or 'batch'
+
+    c.multiresunet = ConfigDict()
+    c.multiresunet.learning_rate = 1e-3  # [N] Adam's default
+    c.multiresunet.weight_decay = 0.0  # [N]
+    c.multiresunet.steps = 45_000
+    c.multiresunet.width = 32  # [N]
+
+    c.unetr = ConfigDict()
+    c.unetr.learning_rate = 1e-4  # [N]
+    c.unetr.weight_decay = 1e-5  # [N] of its release
+    c.unetr.steps = 45_000
+    c.unetr.width = 16  # [N]
+    c.unetr.embed_dim = 768  # [N] this and the next two: ViT-B
+    c.unetr.depth = 12
+    c.unetr.num_heads = 12
     return c
 
 

@@ -7,6 +7,8 @@
 The argument is the kind of evaluation: linear (the default), finetune, knn, logreg or
 fewshot. `--config.data.download=True` fetches the 2 GB from Zenodo instead; any csv or
 folder per class works too (`--config.data.name=csv --config.data.path=FILE`).
+ViT-S/16 from scratch needs no checkpoint: `:finetune --config.model.arch=small
+--config.rows="('random init',)"`.
 
 Numbers of the paper (macro F1 on 5,271 test images, mean of 3 seeds): UltraDINO ViT-B
 95.06 linear and 94.54 fine-tuned, ViT-S 94.17 and 94.74; from scratch 84.79 (B) and
@@ -33,7 +35,9 @@ def get_config(mode: str = "linear") -> ConfigDict:
     c.allow_overlap = False
 
     c.model = ConfigDict()
-    c.model.arch = ""  # size the checkpoint must have, '' for any
+    # Size the checkpoint must have, '' for any; without one, the size built.
+    c.model.arch = ""
+    c.model.patch_size = 16  # [P] without a checkpoint only
     c.model.image_size = 0  # [U] 224; 0 is what the checkpoint carries
     c.model.channels = 0  # 0 is what the checkpoint carries
     # [U] False: bilinear, every third pixel of a 700-pixel image; True averages, as

@@ -26,4 +26,6 @@ def get_config(subset: str = "p4") -> ConfigDict:
     c.data.test_fraction = 0.5  # [P]
     c.train.steps = 20_000  # [U]
     c.train.scratch_steps = 20_000  # [U]
+    for row in ("unet", "multiresunet", "unetr"):
+        c[row].steps = 20_000  # [J] as every other row
     return c

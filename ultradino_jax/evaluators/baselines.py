@@ -7,9 +7,43 @@ import jax.numpy as jnp
 from einops import reduce
 
 from ultradino_jax.checkpoint import Backbone
-from ultradino_jax.models.vit import ViTOutput
+from ultradino_jax.models.vit import ViTOutput, build_vit
 
 PIXEL_SIDE = 32
+IMAGE_SIZE = 224
+# Mean and std of grey pixels on the [0,1] scale, which pretraining calls 'fus'.
+ULTRASOUND = (0.1842924807, 0.2187705424)
+
+
+def from_scratch(
+    arch: str,
+    *,
+    patch_size: int = 16,
+    image_size: int = 0,
+    channels: int = 0,
+    seed: int = 0,
+) -> Backbone:
+    """An untrained ViT of a named size, as the reference's from-scratch rows build it.
+
+    image_size, channels: 0 is 224 pixels and one channel. Raises ValueError for an
+    unknown size, or sides that do not fit the patch size.
+    """
+    if not arch:
+        raise ValueError(
+            "without --checkpoint the size of the network is config.model.arch: tiny, "
+            "small, base or large"
+        )
+    side, channels = image_size or IMAGE_SIZE, channels or 1
+    if patch_size <= 0 or side % patch_size:
+        raise ValueError(
+            f"image size {side} is not a multiple of the patch size {patch_size}"
+        )
+    model = build_vit(arch, patch_size=patch_size, image_size=side)
+    images = jnp.zeros((1, side, side, channels))
+    params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
+    mean, std = ((value,) * channels for value in ULTRASOUND)
+    name = f"vit_{arch}{patch_size} from scratch"
+    return Backbone(model, params, side, channels, mean, std, name=name)
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:

@@ -19,7 +19,7 @@ from ultradino_jax.evaluators.features import Features, Preprocess, extract_feat
 from ultradino_jax.evaluators.finetune import finetune
 from ultradino_jax.evaluators.knn import knn_votes
 from ultradino_jax.evaluators.linear import fit_cached, fit_paper, head_grid
-from ultradino_jax.evaluators.load import load_any_backbone
+from ultradino_jax.evaluators.load import backbone_of, checkpoint_record
 from ultradino_jax.evaluators.logreg import fit_logreg
 from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.evaluators.results import Entry, Run, table, write_results
@@ -98,11 +98,12 @@ def make_rows(config: ConfigDict, backbone: Backbone) -> dict[str, Backbone]:
 
 
 def evaluate(
-    config: ConfigDict, checkpoint: str | Path, workdir: str | Path, say=print
+    config: ConfigDict, checkpoint: str | Path | None, workdir: str | Path, say=print
 ) -> dict:
     """Run the evaluation and write its results into `workdir`; returns them.
 
-    Raises ValueError or OSError with one line when the input is bad.
+    checkpoint: None when all rows are untrained. Raises ValueError or OSError with one
+    line when the input is bad.
     """
     if config.mode not in MODES:
         raise ValueError(f"mode {config.mode!r}: choose one of {', '.join(MODES)}")
@@ -110,18 +111,14 @@ def evaluate(
     data = load_dataset(config.data)
     check_splits(data)
     external = load_external(config, data)
-    backbone = load_any_backbone(
-        checkpoint,
-        arch=config.model.arch,
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-    )
+    backbone = backbone_of(config, checkpoint)
     overlap = check_overlap(checkpoint, data, allowed=config.allow_overlap, say=say)
     rows = make_rows(config, backbone)
     counts = {name: len(data.split(name)) for name in ("train", "val", "test")}
     say(
         f"{data.name} {data.version}: {counts} images, {len(data.classes)} classes; "
-        f"{backbone.name} from {checkpoint}, digest {backbone.digest[:12]}"
+        f"{backbone.name} from {checkpoint or 'scratch'}, "
+        f"digest {backbone.digest[:12]}"
     )
     entries = []
     for row, row_backbone in rows.items():
@@ -134,16 +131,7 @@ def evaluate(
             entries += _probed(config, row, row_backbone, data, external)
     facts = {
         "config": json.loads(config.to_json_best_effort()),
-        "checkpoint": {
-            "path": str(checkpoint),
-            "name": backbone.name,
-            "source": backbone.source,
-            "digest": backbone.digest,
-            "image_size": backbone.image_size,
-            "channels": backbone.channels,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-        },
+        "checkpoint": checkpoint_record(checkpoint, backbone),
         "overlap": overlap,
         "versions": {name: version(name) for name in PACKAGES},
         "seconds": round(time.monotonic() - start, 1),

@@ -79,14 +79,16 @@ def _same(source, index: int, image: np.ndarray) -> bool:
 
 
 def check_overlap(
-    checkpoint: str | Path, data: LabelledImages, *, allowed: bool, say=print
+    checkpoint: str | Path | None, data: LabelledImages, *, allowed: bool, say=print
 ) -> dict:
     """Counts per split of images seen in pretraining, for the record.
 
     Raises ValueError when one of val or test was seen, unless `allowed`. Training
     images may have been seen: pretraining uses no label. {'checked': False, 'reason'}
-    when it cannot be known.
+    when it cannot be known, or nothing was pretrained (no checkpoint).
     """
+    if checkpoint is None:
+        return {"checked": False, "reason": "nothing was pretrained"}
     source, root = pretraining_source(checkpoint)
     if source is None:
         say(f"overlap with pretraining not checked: {root}")

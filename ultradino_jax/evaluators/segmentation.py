@@ -1,6 +1,7 @@
 """A segmentation evaluation from config to results: data, trainings, figures."""
 
 import dataclasses
+import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages, make_splits
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.load import load_any_backbone
+from ultradino_jax.evaluators.load import backbone_of, checkpoint_record
+from ultradino_jax.evaluators.networks import NETWORKS, Network, make_network
 from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.evaluators.segmentation_results import (
     Entry,
@@ -34,7 +36,7 @@ from ultradino_jax.evaluators.segmentation_train import Pairs, train_segmenter
 from ultradino_jax.evaluators.segmenter import usable_backbone
 
 FORMAT = "ultradino_segmentation"
-ROWS = ("teacher", "random init")
+ROWS = ("teacher", "random init", *NETWORKS)
 BUDGETS = ("paper", "equal")
 PACKAGES = ("jax", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
 
@@ -102,17 +104,18 @@ def check_structures(data: SegmentedImages, parts: dict[str, Pairs]) -> None:
                 )
 
 
-def make_rows(config: ConfigDict, backbone: Backbone) -> dict[str, Backbone]:
-    """The backbone and the same network from scratch, by row name.
+def make_rows(
+    config: ConfigDict, backbone: Backbone | None
+) -> dict[str, Backbone | Network]:
+    """The backbone, the same from scratch, and supervised networks, by row name.
 
+    backbone: None where all rows are networks; otherwise they get its input.
     From scratch LayerScale starts at 1, as in the reference: at the 1e-5 of
     pretraining the blocks would do nothing for most of so short a training.
     """
-    unknown = sorted(set(config.rows) - set(ROWS))
-    if unknown:
-        raise ValueError(f"row {unknown[0]!r} is unknown; choose of {', '.join(ROWS)}")
 
     def scratch():
+        assert backbone is not None  # start_of made it
         model = backbone.model
         if model.layerscale is not None:
             model = model.clone(layerscale=1.0)
@@ -121,7 +124,26 @@ def make_rows(config: ConfigDict, backbone: Backbone) -> dict[str, Backbone]:
         )
 
     make = {"teacher": lambda: backbone, "random init": scratch}
+    make |= {
+        name: functools.partial(make_network, config, name, backbone)
+        for name in NETWORKS
+    }
     return {name: make[name]() for name in config.rows}
+
+
+def check_rows(config: ConfigDict) -> None:
+    """Raises ValueError for an unknown row, or when there is none."""
+    unknown = sorted(set(config.rows) - set(ROWS))
+    if unknown or not config.rows:
+        what = f"row {unknown[0]!r} is unknown" if unknown else "config.rows is empty"
+        raise ValueError(f"{what}; choose of {', '.join(ROWS)}")
+
+
+def start_of(config: ConfigDict, checkpoint: str | Path | None) -> Backbone | None:
+    """The backbone of a call; None without checkpoint when no row is a backbone."""
+    if checkpoint is None and set(config.rows) <= set(NETWORKS):
+        return None
+    return usable_backbone(backbone_of(config, checkpoint), config.model.registers)
 
 
 def steps_of(config: ConfigDict, row: str) -> int:
@@ -130,52 +152,79 @@ def steps_of(config: ConfigDict, row: str) -> int:
         raise ValueError(
             f"budget {config.train.budget!r}: choose one of {', '.join(BUDGETS)}"
         )
-    longer = config.train.budget == "paper" and row == "random init"
-    return config.train.scratch_steps if longer else config.train.steps
+    if config.train.budget == "equal" or row == "teacher":
+        return config.train.steps
+    return config[row].steps if row in NETWORKS else config.train.scratch_steps
+
+
+def split_of(config: ConfigDict, data: SegmentedImages, seed: int) -> SegmentedImages:
+    """The data as run `seed` trains, validates and tests on them."""
+    d = config.data
+    return make_splits(
+        data,
+        config.subset,
+        seed,
+        test_fraction=d.test_fraction,
+        val_fraction=d.val_fraction,
+        split_seed=d.split_seed,
+        split_file=d.split_file,
+        max_images=d.max_images,
+    )
+
+
+def write_results(
+    workdir: Path,
+    facts: dict,
+    entries: list[Entry],
+    data: SegmentedImages,
+    replicates: int,
+) -> dict:
+    """results.json of all entries; `facts` say how they were made. Returns it."""
+    results = {
+        "format": FORMAT,
+        **facts,
+        "versions": {name: version(name) for name in PACKAGES},
+        "dataset": {
+            "name": data.name,
+            "version": data.version,
+            "classes": list(data.classes),
+            "images": len(data),
+        },
+        "entries": entry_records(entries, data.classes, replicates),
+    }
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (workdir / "results.json").write_text(text, encoding="utf-8")
+    return results
 
 
 def evaluate(
-    config: ConfigDict, checkpoint: str | Path, workdir: str | Path, say=print
+    config: ConfigDict, checkpoint: str | Path | None, workdir: str | Path, say=print
 ) -> dict:
     """Train and test every row on every seed's split; returns the results.
 
-    What had ended before an interruption is not trained again. Raises ValueError or
-    OSError with one line when the input is bad.
+    checkpoint: None when all rows are trained from scratch. What had ended before an
+    interruption is not trained again. Raises ValueError or OSError with one line when
+    the input is bad.
     """
     workdir = Path(workdir)
+    check_rows(config)
     data = load_dataset(config.data)
-    backbone = load_any_backbone(
-        checkpoint,
-        arch=config.model.arch,
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-    )
-    rows = make_rows(config, usable_backbone(backbone, config.model.registers))
-    d = config.data
-    splits = {
-        seed: make_splits(
-            data,
-            config.subset,
-            seed,
-            test_fraction=d.test_fraction,
-            val_fraction=d.val_fraction,
-            split_seed=d.split_seed,
-            split_file=d.split_file,
-            max_images=d.max_images,
-        )
-        for seed in config.seeds
-    }
+    backbone = start_of(config, checkpoint)
+    rows = make_rows(config, backbone)
+    # Rows share their input, so any of them says how it is made.
+    shown_as = backbone or next(iter(rows.values()))
+    splits = {seed: split_of(config, data, seed) for seed in config.seeds}
     for seed, split in splits.items():
         write_split(workdir / "splits" / f"seed{seed}.csv", split)
     first = splits[config.seeds[0]]
     overlap = check_overlap(checkpoint, first, allowed=config.allow_overlap, say=say)
     say(
         f"{data.name} {data.version}, {config.subset}: {split_record(first)}, "
-        f"{len(data.classes) - 1} structures; {backbone.name} from {checkpoint}, "
-        f"digest {backbone.digest[:12]}"
+        f"{len(data.classes) - 1} structures; {shown_as.name} from "
+        f"{checkpoint or 'scratch'}, digest {shown_as.digest[:12]}"
     )
-    pairs = read_pairs(data, Preprocess.of(backbone))
-    entries = [Entry(row) for row in rows]
+    pairs = read_pairs(data, Preprocess.of(shown_as))
+    entries = [Entry(row, row if row in NETWORKS else "upernet") for row in rows]
     shown = {}
     for seed, split in splits.items():
         parts = {name: _rows_of(pairs, data, split.split(name)) for name in SPLITS}
@@ -192,31 +241,12 @@ def evaluate(
     test = _rows_of(pairs, data, first.split("test"))
     grey = test.images[..., 0]
     contact_sheet(grey, test.masks, shown, workdir / "overlays.png")
-    results = {
-        "format": FORMAT,
+    facts = {
         "config": json.loads(config.to_json_best_effort()),
-        "checkpoint": {
-            "path": str(checkpoint),
-            "name": backbone.name,
-            "source": backbone.source,
-            "digest": backbone.digest,
-            "image_size": backbone.image_size,
-            "channels": backbone.channels,
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-        },
+        "checkpoint": checkpoint_record(checkpoint, shown_as),
         "overlap": overlap,
-        "versions": {name: version(name) for name in PACKAGES},
-        "dataset": {
-            "name": data.name,
-            "version": data.version,
-            "classes": list(data.classes),
-            "images": len(data),
-        },
-        "entries": entry_records(entries, data.classes, config.replicates),
     }
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    (workdir / "results.json").write_text(text, encoding="utf-8")
+    results = write_results(workdir, facts, entries, data, config.replicates)
     say(table(results))
     say(f"written to {workdir}: results.json, splits, predictions, overlays.png")
     return results
@@ -237,6 +267,15 @@ def _run(config, row, backbone, split, parts, seed, workdir) -> tuple[Run, np.nd
     """(one training and its figures on the test set, the test predictions)."""
     c = config.train
     folder = Path(workdir) / row.replace(" ", "_") / f"seed{seed}"
+    if row in NETWORKS:
+        recipe = {k: config[row][k] for k in ("learning_rate", "weight_decay")}
+    else:
+        recipe = {
+            "learning_rate": c.learning_rate,
+            "drop_path": c.drop_path,
+            "norm": config.model.norm,
+            "head_channels": config.model.head_channels,
+        }
     segmenter, history = train_segmenter(
         backbone,
         parts["train"],
@@ -248,15 +287,12 @@ def _run(config, row, backbone, split, parts, seed, workdir) -> tuple[Run, np.nd
         steps=steps_of(config, row),
         warmup_steps=c.warmup_steps,
         batch_size=c.batch_size,
-        learning_rate=c.learning_rate,
-        drop_path=c.drop_path,
         dice=c.dice,
-        norm=config.model.norm,
-        head_channels=config.model.head_channels,
         translation=c.translation,
         validate_every=c.validate_every,
         checkpoint_every=c.checkpoint_every,
         name=f"{row}, seed {seed}",
+        **recipe,
     )
     test = split.split("test")
     predicted = segmenter.predict(parts["test"].images, c.batch_size)

@@ -38,9 +38,10 @@ class Run:
 
 @dataclass
 class Entry:
-    """Runs of one row ('teacher', 'random init')."""
+    """Runs of one row ('teacher', 'random init', 'unet'); method: what was trained."""
 
     row: str
+    method: str = "upernet"
     runs: list[Run] = field(default_factory=list)
 
 
@@ -184,7 +185,7 @@ def entry_records(entries: list[Entry], classes, replicates: int) -> dict:
         ]
         records[entry.row] = {
             "row": entry.row,
-            "method": "upernet",
+            "method": entry.method,
             "summary": summary(entry.runs, runs, replicates),
             "runs": runs,
         }

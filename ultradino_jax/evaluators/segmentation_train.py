@@ -1,5 +1,6 @@
-"""Training of UperNet with its backbone, as the paper's left half of Table 1 does it.
+"""Training of a segmentation network, as the paper's left half of Table 1 does it.
 
+UperNet with its backbone, or a supervised network from scratch, on the same batches.
 Cross entropy and Dice, AdamW with one rate and a decay of 0.01 for everything (which
 is what the reference's optimiser does, whatever its config says), linear warm-up and
 decay, joint augmentation; the step of highest validation mean Dice is kept.
@@ -21,6 +22,7 @@ import optax
 
 from ultradino_jax.checkpoint import Backbone, RunCheckpoints
 from ultradino_jax.evaluators.features import row_sharding
+from ultradino_jax.evaluators.networks import Network
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation_augment import augment_pair
 from ultradino_jax.evaluators.segmentation_loss import (
@@ -34,9 +36,9 @@ from ultradino_jax.evaluators.segmenter import (
     initial_variables,
     load_segmenter,
     save_segmenter,
+    segmentation_model,
     with_drop_path,
 )
-from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.tree import map_with_name
 
 WEIGHT_DECAY = 0.01
@@ -102,16 +104,16 @@ def pair_batches(
 
 @functools.cache  # one object per setting, so that seeds share a compiled step
 def make_optimizer(
-    learning_rate: float, warmup: int, steps: int
+    learning_rate: float, warmup: int, steps: int, weight_decay: float = WEIGHT_DECAY
 ) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999, 1e-8), decay 0.01 on everything but the unused mask token."""
+    """AdamW (0.9, 0.999, 1e-8); everything decays but the unused mask token."""
 
     def decayed(params):
         return map_with_name(lambda name, _: "mask_token" not in name, params)
 
     return optax.chain(
         optax.scale_by_adam(),
-        optax.add_decayed_weights(WEIGHT_DECAY, mask=decayed),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
         optax.scale_by_schedule(
             lambda step: (
                 -learning_rate * warmup_linear(step, warmup=warmup, total=steps)
@@ -162,7 +164,7 @@ def validation_dice(segmenter: Segmenter, pairs: Pairs, batch_size: int) -> floa
 
 
 def train_segmenter(
-    backbone: Backbone,
+    backbone: Backbone | Network,
     train: Pairs,
     val: Pairs,
     classes: tuple[str, ...],
@@ -174,6 +176,7 @@ def train_segmenter(
     warmup_steps: int = 1500,
     batch_size: int = 64,
     learning_rate: float = 1e-4,
+    weight_decay: float = WEIGHT_DECAY,
     drop_path: float = 0.4,
     dice: str = "reference",
     norm: str = "none",
@@ -185,7 +188,7 @@ def train_segmenter(
 ) -> tuple[Segmenter, list[dict]]:
     """(the segmenter of the best step, one {'step','loss','val_dice'} per validation).
 
-    head_channels: width of the head, 0 for the backbone's D.
+    drop_path, norm, head_channels (0 for the backbone's D) are UperNet's.
     The state is kept in `workdir` every `checkpoint_every` validations; running it
     again goes on from there, or returns at once when it had ended. Raises ValueError
     when the workdir belongs to another backbone, split or setting, when the warm-up
@@ -201,21 +204,19 @@ def train_segmenter(
         "split": split_hash,
         "settings": [seed, steps, warmup_steps, batch_size, learning_rate, drop_path,
                      dice, norm, head_channels, translation, validate_every,
-                     backbone.image_size, backbone.model.num_registers],
+                     backbone.image_size, _registers(backbone)],
     }  # fmt: skip
+    if weight_decay != WEIGHT_DECAY:
+        identity["settings"].append(weight_decay)
     if (workdir / "segmenter").is_dir():
         segmenter, record = load_segmenter(workdir)
         _same_run(record["identity"], identity, workdir)
         return segmenter, record["history"]
-    model = UperNet(
-        backbone.model,
-        num_classes=len(classes),
-        taps=default_taps(backbone.model.depth),
-        channels=head_channels or None,
-        norm=norm,
+    model = segmentation_model(
+        backbone, len(classes), norm=norm, head_channels=head_channels
     )
     segmenter = Segmenter(backbone, model, None, tuple(classes))
-    optimizer = make_optimizer(learning_rate, warmup_steps, steps)
+    optimizer = make_optimizer(learning_rate, warmup_steps, steps, weight_decay)
     variables = initial_variables(model, backbone, seed)
     _, everywhere = row_sharding(batch_size)
     state = SegmentationState(variables, optimizer.init(variables["params"]))
@@ -224,7 +225,9 @@ def train_segmenter(
     try:
         run = _Run(checkpoints, identity, state)
         run.restore()
-        training = model.clone(backbone=with_drop_path(backbone.model, drop_path))
+        training = model
+        if isinstance(backbone, Backbone):
+            training = model.clone(backbone=with_drop_path(backbone.model, drop_path))
         batches = pair_batches(
             train,
             batch_size=batch_size,
@@ -247,6 +250,10 @@ def train_segmenter(
     save_segmenter(workdir / "segmenter", best, identity=identity, history=run.history)
     shutil.rmtree(workdir / "checkpoints")
     return best, run.history
+
+
+def _registers(backbone) -> int:
+    return 0 if isinstance(backbone, Network) else backbone.model.num_registers
 
 
 def _train(

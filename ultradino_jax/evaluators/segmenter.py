@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 
 from ultradino_jax.checkpoint import Backbone, backbone_record, record_to_backbone
 from ultradino_jax.evaluators.features import Preprocess, row_sharding
-from ultradino_jax.models.upernet import UperNet
+from ultradino_jax.evaluators.networks import Network
+from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import ViT
 
 RECORD = "segmenter.json"
@@ -35,12 +36,13 @@ def _classes(model, preprocess, variables, images):
 
 @dataclass(frozen=True)
 class Segmenter:
-    """backbone: how its input is made and its module (no parameters); model: UperNet;
-    variables: {'params', 'batch_stats'}; classes: Y names, background first.
+    """backbone: how its input is made, and for UperNet its backbone's module (no
+    parameters); model: UperNet or the module of a Network; variables: {'params'[,
+    'batch_stats']}; classes: Y names, background first.
     """
 
-    backbone: Backbone
-    model: UperNet
+    backbone: Backbone | Network
+    model: Any
     variables: Any
     classes: tuple[str, ...]
 
@@ -101,11 +103,31 @@ def with_drop_path(model, rate: float):
     return model.clone(drop_path=rate / 2)
 
 
-def initial_variables(model: UperNet, backbone: Backbone, seed: int):
-    """Fresh neck and head around a copy of the backbone's parameters."""
+def segmentation_model(
+    backbone: Backbone | Network, num_classes: int, *, norm: str, head_channels: int
+):
+    """The module that is trained: UperNet on a backbone, or the network as it is.
+
+    norm, head_channels: UperNet's; 0 channels stands for the backbone's D.
+    """
+    if isinstance(backbone, Network):
+        return backbone.build(num_classes)
+    return UperNet(
+        backbone.model,
+        num_classes=num_classes,
+        taps=default_taps(backbone.model.depth),
+        channels=head_channels or None,
+        norm=norm,
+    )
+
+
+def initial_variables(model, backbone: Backbone | Network, seed: int):
+    """Fresh variables; UperNet's neck and head around a copy of the backbone's."""
     side = backbone.image_size
     images = jnp.zeros((1, side, side, backbone.channels))
     variables = dict(jax.jit(model.init)(jax.random.key(seed), images))
+    if isinstance(backbone, Network):
+        return variables
     params = jax.tree.map(jnp.copy, backbone.params)
     variables["params"] = {**variables["params"], "backbone": params}
     return variables
@@ -121,21 +143,33 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, **facts) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(fresh / "variables", segmenter.variables)
-    model = segmenter.model
     record = {
         "format": "ultradino_segmenter",
-        "backbone": backbone_record(segmenter.backbone),
-        "upernet": {
-            "taps": list(model.taps),
-            "channels": model.channels,
-            "norm": model.norm,
-        },
+        **_architecture(segmenter),
         "classes": list(segmenter.classes),
         **facts,
     }
     (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+def _architecture(segmenter: Segmenter) -> dict:
+    backbone, model = segmenter.backbone, segmenter.model
+    if isinstance(backbone, Network):
+        return {"network": backbone.record()}
+    upernet = {"taps": model.taps, "channels": model.channels, "norm": model.norm}
+    return {"backbone": backbone_record(backbone), "upernet": upernet}
+
+
+def _module_of(record: dict, folder: str) -> tuple[Backbone | Network, Any]:
+    num_classes = len(record["classes"])
+    if "network" in record:
+        network = Network.from_record(record["network"])
+        return network, network.build(num_classes)
+    backbone = record_to_backbone(record["backbone"], None, folder)
+    options = {**record["upernet"], "taps": tuple(record["upernet"]["taps"])}
+    return backbone, UperNet(backbone.model, num_classes=num_classes, **options)
 
 
 def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
@@ -153,15 +187,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
             f"no {RECORD} in {str(path)!r} or its folder 'segmenter'"
         )
     record = json.loads((folder / RECORD).read_text())
-    backbone = record_to_backbone(record["backbone"], None, str(folder))
-    options = record["upernet"]
-    model = UperNet(
-        backbone.model,
-        num_classes=len(record["classes"]),
-        taps=tuple(options["taps"]),
-        channels=options["channels"],
-        norm=options["norm"],
-    )
+    backbone, model = _module_of(record, str(folder))
     side = backbone.image_size
     images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)
     target = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -45,14 +45,18 @@ class BatchNorm(nn.Module):
 
     A batch is normalised by its biased variance; the running variance takes the
     unbiased one (Flax's own takes the biased). On a global array the statistics are
-    those of the whole batch, as SyncBatchNorm's.
+    those of the whole batch, as SyncBatchNorm's. use_scale: whether there is a gain.
     """
+
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x, train: bool):
         """[..,C] -> [..,C]; updates the collection 'batch_stats' when training."""
         d = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (d,))
+        scale = 1.0
+        if self.use_scale:
+            scale = self.param("scale", nn.initializers.ones, (d,))
         bias = self.param("bias", nn.initializers.zeros, (d,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (d,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (d,))
@@ -71,22 +75,33 @@ class BatchNorm(nn.Module):
 class Upsample(nn.Module):
     """Transposed 2x2 convolution of stride 2: every pixel becomes a 2x2 block.
 
-    kernel [D,2,2,D], initialised as torch's ConvTranspose2d.
+    features: channels out, None for as many as come in. init: of the [D,4 features]
+    kernel, with a bias of zero; by default both as torch's ConvTranspose2d.
     """
+
+    features: int | None = None
+    use_bias: bool = True
+    init: Any = None
 
     @nn.compact
     def __call__(self, x):
-        """[B,h,w,D] -> [B,2h,2w,D]."""
-        d = x.shape[-1]
-        bound = (4 * d) ** -0.5
+        """[B,h,w,D] -> [B,2h,2w,features]."""
+        d, e = x.shape[-1], self.features or x.shape[-1]
+        bound = (4 * e) ** -0.5
 
         def uniform(key, shape):
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
-        kernel = self.param("kernel", uniform, (d, 2, 2, d))
-        bias = self.param("bias", uniform, (d,))
+        def matrix(key, shape):
+            return self.init(key, (d, 4 * e)).reshape(shape)
+
+        kernel = self.param("kernel", matrix if self.init else uniform, (d, 2, 2, e))
         y = jnp.einsum("bhwd,dpqe->bhpwqe", x, kernel)
-        return rearrange(y, "b h p w q e -> b (h p) (w q) e") + bias
+        y = rearrange(y, "b h p w q e -> b (h p) (w q) e")
+        if not self.use_bias:
+            return y
+        zeros = nn.initializers.zeros
+        return y + self.param("bias", zeros if self.init else uniform, (e,))
 
 
 class Neck(nn.Module):

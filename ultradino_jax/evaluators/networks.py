@@ -1,0 +1,79 @@
+"""Supervised segmentation networks, trained from scratch beside UperNet."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.evaluators.baselines import IMAGE_SIZE, ULTRASOUND
+from ultradino_jax.models.multiresunet import MultiResUNet
+from ultradino_jax.models.unet import UNet
+from ultradino_jax.models.unetr import UNETR
+
+NETWORKS = {"unet": UNet, "multiresunet": MultiResUNet, "unetr": UNETR}
+# What a config section says beside the fields of its network.
+RECIPE = ("learning_rate", "weight_decay", "steps")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network without parameters yet, and how its input is made.
+
+    name: a key of NETWORKS; options: fields of its module. image_size: S in pixels;
+    channels: C; mean, std: per channel, on the [0,1] scale.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def build(self, num_classes: int):
+        """The Flax module with Y outputs."""
+        options = dict(self.options)
+        if self.name == "unetr":
+            options["image_size"] = self.image_size
+        return NETWORKS[self.name](num_classes, **options)
+
+    def record(self) -> dict:
+        """JSON values from which `from_record` makes it again."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Network":
+        """The inverse. Raises ValueError for an unknown network."""
+        if record["name"] not in NETWORKS:
+            raise ValueError(f"unknown segmentation network {record['name']!r}")
+        fields = {**record, "options": tuple(map(tuple, record["options"]))}
+        for key in ("mean", "std"):
+            fields[key] = tuple(record[key])
+        return cls(**fields)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the record: what was trained, as a backbone's digest says."""
+        text = json.dumps(self.record(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_network(config: ConfigDict, row: str, like: Backbone | None) -> Network:
+    """The network of a config row; its input is that of `like`, when there is one.
+
+    Without it the input is as config.model says, normalised as from-scratch ViTs.
+    """
+    section = config[row]
+    options = tuple((k, section[k]) for k in sorted(section) if k not in RECIPE)
+    if like is not None:
+        return Network(
+            row, options, like.image_size, like.channels, like.mean, like.std
+        )
+    channels = config.model.channels or 1
+    mean, std = ((value,) * channels for value in ULTRASOUND)
+    side = config.model.image_size or IMAGE_SIZE
+    return Network(row, options, side, channels, mean, std)
