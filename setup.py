@@ -39,6 +39,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=17"],
     "test": [
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.120",
         "ruff>=0.9",
         "scikit-image>=0.25",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -161,10 +162,11 @@ def test_other_images_are_refused_on_resume(tiny_config, tmp_path):
 
 def run_main(workdir, *flags, devices=1, **popen):
     """main.py in a process of its own; stdout and stderr together."""
+    flags_here = os.environ["XLA_FLAGS"]
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": re.sub(r"(count=)\d+", rf"\g<1>{devices}", flags_here),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
