@@ -23,8 +23,8 @@ from einops import rearrange
 from ultradino_jax import losses
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT
-from ultradino_jax.optimizer import submodule_norms
 from ultradino_jax.schedules import Schedule
+from ultradino_jax.watch import watch
 
 
 @flax.struct.dataclass
@@ -208,10 +208,12 @@ def student_outputs(modules, objective, student, batch, key):
 
 
 def compute_losses(modules, objective, student, batch, targets, key):
-    """(total, terms): the optimised loss and its weighted parts.
+    """(total, terms): the optimised loss, its weighted parts and what to watch.
 
     total = dino_local + dino_global + koleo + ibot; each term is logged as it is
-    optimised (the reference displays half of koleo and ibot).
+    optimised (the reference displays half of koleo and ibot). Besides them `terms`
+    holds student_entropy (nats, of the global crops) and log_distance, the mean log
+    distance of a CLS token to its nearest neighbour within the group (KoLeo's).
     """
     dino_probs, ibot_probs = targets
     cls_token, global_logits, local_logits, patch_logits = student_outputs(
@@ -230,7 +232,12 @@ def compute_losses(modules, objective, student, batch, targets, key):
         "koleo": objective.koleo_weight * koleo.mean(axis=0).sum(),
         "ibot": objective.ibot_weight * ibot,
     }
-    return sum(terms.values()), terms
+    total = sum(terms.values())
+    logits = jax.lax.stop_gradient(global_logits).astype(jnp.float32)
+    student_probs = jax.nn.softmax(logits / objective.student_temp)
+    terms["student_entropy"] = losses.entropy(student_probs).mean()
+    terms["log_distance"] = -jax.lax.stop_gradient(koleo).mean()
+    return total, terms
 
 
 def micro_batches(batch, accum_steps: int):
@@ -277,6 +284,7 @@ def make_train_step(
             has_aux=True,
         )(state.student)
         terms["teacher_entropy"] = losses.entropy(targets[0]).mean()
+        terms["teacher_mean"] = targets[0].mean(axis=(0, 1, 2))  # [K]
         return grads, centers, terms
 
     def accumulate(state, batch, key):
@@ -306,11 +314,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         m = ema_momentum(state.step)
-        teacher = jax.tree.map(lambda t, s: m * t + (1 - m) * s, state.teacher, student)
+        # m t + (1-m) s, in the form that leaves equal weights equal to the last bit.
+        teacher = jax.tree.map(lambda t, s: t + (1 - m) * (s - t), state.teacher, student)
         names = ("dino_local", "dino_global", "koleo", "ibot")
-        metrics = {"total": sum(terms[n] for n in names), **terms}
-        for name, norm in submodule_norms(grads).items():
-            metrics[f"grad_norm/{name}"] = norm
+        watched = watch(terms, grads, updates, student, teacher, centers)
+        metrics = {"total": sum(terms[n] for n in names), **terms, **watched}
         return (
             TrainState(state.step + 1, student, teacher, opt_state, centers),
             metrics,
