@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     c.crops.global_size = 224
     c.crops.local_size = 98  # divisible by DINOv2's patch of 14; 96 for a patch of 16
     c.checkpoint_every = 1000
+    c.health.every = 1000
     c.knn.enabled = True
     c.knn.guard = 0.05
     return c

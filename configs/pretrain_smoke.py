@@ -53,6 +53,8 @@ def get_config() -> ConfigDict:
     c.data.threads = 1
     c.log_every = 20
     c.checkpoint_every = 200
+    c.health.every = 100
+    c.health.images = 256
     c.knn.enabled = True
     c.knn.patients = 120
     return c

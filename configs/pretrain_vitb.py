@@ -114,7 +114,22 @@ def get_config() -> ConfigDict:
 
     c.log_every = 10  # [D] steps
     c.checkpoint_every = 3906  # [J] steps; also exports the teacher's backbone
-    c.keep_checkpoints = 3  # [D]
+    c.keep_checkpoints = 3  # [D] the newest; besides them
+    c.keep_every = 0  # [J] those of every so many steps (0: none)
+    c.keep_best = True  # [J] and that of the highest kNN
+
+    c.nan = ConfigDict()
+    c.nan.policy = "stop"  # [J] or 'skip': do not apply the update of such a step
+    c.nan.max_skips = 10  # [J] then the run stops all the same
+
+    # Measured on the teacher beside the training: kNN, RankMe and the like, see
+    # docs/health.md.
+    c.health = ConfigDict()
+    c.health.every = 3906  # [J] steps; 0 is never
+    c.health.images = 512  # [J] training images looked at
+    c.health.labels = ""  # csv or folder of classes for the kNN; '' is the phantom
+    c.health.patients = 60  # [J] of the phantom, half of them known
+    c.health.panels_every = 1  # [J] times measured per attention and PCA panel; 0 none
 
     c.knn = ConfigDict()
     c.knn.enabled = False  # [J] phantom kNN of teacher, random init and raw pixels

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT
@@ -39,21 +40,51 @@ def checksum(tree) -> jax.Array:
     return sum((2 * i + 1) * s for i, s in enumerate(sums)).astype(jnp.uint32)
 
 
+@dataclasses.dataclass
+class Retention:
+    """Which checkpoints stay: the newest `last`, every `every` steps, the best.
+
+    every: 0 for none. best: whether the one of the highest score stays, the earliest
+    of equals. scores: {step: score}, filled in while the run goes on.
+    """
+
+    last: int = 3
+    every: int = 0
+    best: bool = False
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def kept(self, steps: list[int]) -> list[bool]:
+        """Whether each of the steps, oldest first, stays."""
+        newest = set(steps[-self.last :])
+        scored = [step for step in steps if step in self.scores]
+        if self.best and scored:
+            newest.add(max(scored, key=lambda step: (self.scores[step], -step)))
+        return [
+            step in newest or (self.every > 0 and step % self.every == 0)
+            for step in steps
+        ]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """`kept` in the shape of an Orbax preservation policy."""
+        del context
+        return self.kept([info.step for info in checkpoints])
+
+
 class RunCheckpoints:
     """Asynchronous checkpoints of a run, newest last.
 
-    directory: `workdir/checkpoints`. keep: how many to hold.
+    directory: `workdir/checkpoints`. keep: which of them to hold, or how many.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3):
+    def __init__(self, directory: str | Path, *, keep: int | Retention = 3):
         self.directory = Path(directory).absolute()
-        self._open(keep)
+        self.retention = keep if isinstance(keep, Retention) else Retention(keep)
+        self._open()
 
-    def _open(self, keep):
-        self.keep = keep
+    def _open(self):
         self.manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self.retention),
             item_names=("state", "meta"),
         )
 
@@ -106,7 +137,13 @@ class RunCheckpoints:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(step), target)
-        self._open(self.keep)
+        _wait_for_all("damaged checkpoint set aside")
+        self._open()
+
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint that is complete on disk, or None."""
+        names = [path.name for path in self.directory.glob("*")]
+        return max((int(name) for name in names if name.isdigit()), default=None)
 
     def wait(self) -> None:
         """Block until the save in flight is on disk; raises if it failed."""
@@ -190,17 +227,28 @@ def save_backbone(directory: str | Path, backbone: Backbone, **facts) -> None:
     """Write a backbone: `params/` (Orbax) and `backbone.json`.
 
     `facts` (JSON values) are kept beside it, e.g. the step it was exported at. An
-    existing folder is replaced only once the new one is complete.
+    existing folder is replaced only once the new one is complete. With several
+    processes all of them call it, as Orbax expects.
     """
     directory = Path(directory).absolute()
     fresh = directory.with_name(directory.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(fresh, ignore_errors=True)
+    _wait_for_all("fresh folder")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(fresh / "params", backbone.params)
-    record = {**backbone_record(backbone), **facts}
-    (fresh / "backbone.json").write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    fresh.rename(directory)
+    if first:
+        record = {**backbone_record(backbone), **facts}
+        (fresh / "backbone.json").write_text(json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh.rename(directory)
+    _wait_for_all("backbone in place")
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def load_backbone(path: str | Path) -> Backbone:

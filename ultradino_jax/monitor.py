@@ -2,18 +2,77 @@
 
 import contextlib
 import json
+import signal
+import threading
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from ultradino_jax.alarms import read_rows
 from ultradino_jax.data.sources import BadImage
 from ultradino_jax.plan import Plan, peak_flops
 
 
 class RunStopped(Exception):
     """The run cannot start or go on; the message is one line for the user."""
+
+
+# sysexits.h EX_TEMPFAIL: saved on a signal, the same command goes on.
+EXIT_PAUSED = 75
+
+
+class RunPaused(Exception):
+    """A signal ended the run after its state was saved; the message says where."""
+
+
+class Interrupted(Exception):
+    """Raised by a signal's handler where the main thread waits for data."""
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGUSR1 as a request to save and stop.
+
+    `received` is the name of the first one or None. A second one has its usual effect
+    at once. Outside the main thread, where Python allows no handlers, nothing changes.
+    interrupt_waits: whether `waiting` is cut short; not where several processes must
+    take the same number of steps.
+    """
+
+    CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, *, interrupt_waits: bool = True):
+        self.received: str | None = None
+        self.interrupt_waits = interrupt_waits
+        self._waiting = False
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in self.CAUGHT}
+
+    def _handle(self, number, frame):
+        del frame
+        self.received = signal.Signals(number).name
+        self.close()
+        if self._waiting:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """A wait that a signal cuts short by raising Interrupted."""
+        self._waiting = self.interrupt_waits
+        try:
+            if self.received and self.interrupt_waits:
+                raise Interrupted
+            yield
+        finally:
+            self._waiting = False
+
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class BadRecords:
@@ -61,14 +120,14 @@ class Meter:
 
     def reset(self) -> None:
         """Start a new interval."""
-        self.start, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.start, self.steps, self.waited = time.monotonic(), 0, 0.0
 
     @contextlib.contextmanager
     def waiting(self):
         """Count the time inside as waiting for data."""
-        start = time.perf_counter()
+        start = time.monotonic()
         yield
-        self.waited += time.perf_counter() - start
+        self.waited += time.monotonic() - start
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading; starts a new interval.
@@ -78,7 +137,7 @@ class Meter:
         """
         if self.steps == 0 and self.last:
             return self.last
-        elapsed = time.perf_counter() - self.start
+        elapsed = time.monotonic() - self.start
         seconds = elapsed / max(self.steps, 1)
         flops = self.plan.flops_per_step / seconds
         timing = {
@@ -92,6 +151,54 @@ class Meter:
         self.reset()
         self.last = timing
         return timing
+
+
+class Skips:
+    """What happens to a step whose numbers are not finite.
+
+    settings: nan.policy, 'stop' or 'skip' (the update was not applied), and
+    nan.max_skips. Skipped steps are listed in skipped.jsonl with their records.
+    """
+
+    def __init__(self, workdir: Path, source, settings, writer, start: int, say):
+        self.workdir, self.source, self.settings = workdir, source, settings
+        self.writer, self.say = writer, say
+        rows = read_rows(workdir / "skipped.jsonl")
+        self.count = sum(row["step"] < start for row in rows)
+
+    def check(self, step: int, values: dict, index: np.ndarray, last_good) -> dict:
+        """The values to log. Raises RunStopped when the policy says so.
+
+        index: source records of the batch. last_good(): step of the newest checkpoint.
+        """
+        values = dict(values)
+        values.pop("skipped", None)
+        broken = {k: v for k, v in values.items() if not np.isfinite(v)}
+        skip = self.settings.policy == "skip"
+        if broken:
+            records = [self.source.record_id(i) for i in index.ravel()]
+            if not skip:
+                raise not_finite(step, values, records, self.workdir, last_good())
+            self._skip(step, broken, records, last_good)
+            values = {}
+        return {**values, "skipped": self.count} if skip else values
+
+    def _skip(self, step, broken, records, last_good):
+        self.count += 1
+        terms = {k: repr(v) for k, v in broken.items()}
+        if self.writer:
+            self.writer.skipped.write(step, {"terms": terms, "records": records})
+        path = self.workdir / "skipped.jsonl"
+        self.say(
+            f"step {step} skipped: {', '.join(broken)} not finite; its "
+            f"{len(records)} records are in {path} ({self.count} so far)"
+        )
+        if self.count > self.settings.max_skips:
+            raise RunStopped(
+                f"{self.count} steps were not finite, more than nan.max_skips "
+                f"{self.settings.max_skips}; their records are in {path}; last good "
+                f"checkpoint: step {last_good()}"
+            )
 
 
 def not_finite(step: int, terms: dict, records: list[str], workdir: Path, last):

@@ -1,19 +1,28 @@
-"""The pretraining loop: restore, feed, step, log, checkpoint."""
+"""The pretraining loop: restore, feed, step, log, look after the run, checkpoint."""
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone, RunCheckpoints, save_backbone
-from ultradino_jax.data.pipeline import build_pipeline
-from ultradino_jax.monitor import BadRecords, Meter, RunStopped, not_finite
+from ultradino_jax.checkpoint import Backbone, Retention, RunCheckpoints, save_backbone
+from ultradino_jax.doctor import Doctor
+from ultradino_jax.feed import Feed
+from ultradino_jax.monitor import (
+    BadRecords,
+    Interrupted,
+    Meter,
+    RunPaused,
+    RunStopped,
+    Signals,
+    Skips,
+)
+from ultradino_jax.panels import crops_panel
 from ultradino_jax.plan import Plan, make_plan, vit_name
 from ultradino_jax.pretrain import init_state, make_train_step
 from ultradino_jax.sharding import (
@@ -23,112 +32,42 @@ from ultradino_jax.sharding import (
     replicated,
     state_shardings,
 )
+from ultradino_jax.watch import skip_not_finite
+from ultradino_jax.workdir import Lock, record_config
 from ultradino_jax.writer import Progress, Writer
 
-# Config keys that may differ when a run is resumed: they do not touch its numbers.
-FREE_KEYS = (
-    "data.root",
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "data.max_bad_fraction",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "mesh.fsdp",
-    "knn.enabled",
-    "knn.patients",
-)
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+def start_run(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
+    """(plan, mesh) after every check that can be made before the first step.
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json and versions.json, or compare with the ones there.
-
-    Raises RunStopped naming every differing key when the workdir belongs to a run of
-    another config.
+    The workdir is this process's until `stack` closes.
     """
-    now = _flat(config.to_dict())
-    path = workdir / "config.json"
-    if path.exists():
-        before = _flat(json.loads(path.read_text()))
-        differing = [
-            f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in FREE_KEYS
-        ]
-        if differing:
-            raise RunStopped(
-                f"workdir {str(workdir)!r} holds a run of another config "
-                f"({'; '.join(differing)}); use another --workdir"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    versions = {name: version(name) for name in PACKAGES}
-    (workdir / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
-
-
-def start_run(config: ConfigDict, workdir: Path):
-    """(plan, mesh) after every check that can be made before the first step."""
     try:
         mesh = make_mesh(config.mesh.fsdp)
         plan = make_plan(config, mesh.size)
-        record_config(config, workdir)
+        if config.nan.policy not in ("stop", "skip"):
+            raise ValueError(f"nan.policy {config.nan.policy!r} is none of stop, skip")
+        if jax.process_index() == 0:
+            stack.callback(Lock(workdir).close)
+            record_config(config, workdir)
     except (ValueError, OSError, ImportError) as error:
         raise RunStopped(str(error)) from error
     return plan, mesh
 
 
-def pipeline(config: ConfigDict, plan: Plan, start_step: int, num_steps: int):
-    """The input stream of this process from `start_step` on."""
-    try:
-        return build_pipeline(
-            plan.source,
-            plan.crops,
-            batch_size=config.batch_size,
-            groups=plan.groups,
-            patch_size=plan.modules.backbone.patch_size,
-            mask_probability=config.masking.probability,
-            mask_ratio=tuple(config.masking.ratio),
-            mask_style=config.masking.style,
-            seed=config.seed,
-            start_step=start_step,
-            num_steps=num_steps,
-            num_workers=config.data.workers,
-            num_threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-    except ValueError as error:
-        raise RunStopped(str(error)) from error
-
-
-def export_backbone(config, plan, state, workdir, mesh, **facts) -> Backbone:
-    """The teacher's backbone, gathered from its shards, into workdir/backbone."""
+def teacher_of(config, plan, state, mesh) -> tuple[Backbone, dict, jax.Array]:
+    """(backbone, DINO head's parameters, DINO center), gathered from their shards."""
     gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
-    channels = config.data.channels
     backbone = Backbone(
         model=plan.modules.backbone,
         params=gather(state.teacher["backbone"]),
         image_size=config.crops.global_size,
-        channels=channels,
+        channels=config.data.channels,
         mean=plan.objective.mean,
         std=plan.objective.std,
         name=plan.start.name if plan.start else vit_name(config),
     )
-    save_backbone(workdir / "backbone", backbone, **facts)
-    return backbone
+    return backbone, gather(state.teacher["dino_head"]), gather(state.centers["dino"])
 
 
 def restore_or_init(config, plan, mesh, checkpoints, say):
@@ -178,31 +117,44 @@ def train(
 
     Running it again on the same workdir goes on from the newest checkpoint and gives,
     bit for bit, what an uninterrupted run gives. Raises RunStopped with one line when
-    the input is bad, the loss is not finite or too many images are unreadable.
+    the input is bad, the workdir is in use or cannot be written, the loss is not finite
+    or too many images are unreadable; RunPaused after a signal, the state being saved.
     """
     workdir = Path(workdir)
-    plan, mesh = start_run(config, workdir)
     is_main = jax.process_index() == 0
-    progress = Progress(plan.total_steps)
-    say = progress.say if is_main else (lambda text: None)
-    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    session = Session(config, plan, mesh, workdir, checkpoints, progress, say)
     with contextlib.ExitStack() as stack:
+        plan, mesh = start_run(config, workdir, stack)
+        progress = Progress(plan.total_steps)
         stack.callback(progress.close)
-        stack.callback(checkpoints.close)
+        say = progress.say if is_main else (lambda text: None)
+        keep = Retention(config.keep_checkpoints, config.keep_every, config.keep_best)
+        checkpoints = RunCheckpoints(workdir / "checkpoints", keep=keep)
+        stack.push(closing(checkpoints))
+        run = Session(config, plan, mesh, workdir, checkpoints, progress, say)
         describe(config, plan, mesh, say)
         state, start = restore_or_init(config, plan, mesh, checkpoints, say)
         if start >= plan.total_steps:
             say(f"already trained for all {start} steps")
             return workdir
+        signals = Signals(interrupt_waits=jax.process_count() == 1)
+        stack.callback(signals.close)
         writer = Writer(workdir, start_step=start) if is_main else None
         if writer:
-            stack.callback(writer.close)
-        stream = pipeline(config, plan, start, plan.total_steps - start)
-        stack.callback(stream.close)
-        _loop(session, state, start, stream, writer, at_checkpoint)
+            stack.push(closing(writer))
+        doctor = Doctor(config, plan, workdir, writer, keep, start, say)
+        _loop(run, state, start, writer, doctor, signals, stack, at_checkpoint)
     say(f"done: {plan.total_steps} steps, teacher backbone in {workdir / 'backbone'}")
     return workdir
+
+
+def closing(resource):
+    """An exit callback that closes; its own failure never hides the one under way."""
+
+    def leave(kind, error, trace):
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            resource.close()
+
+    return leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,61 +169,108 @@ class Session:
     progress: Progress
     say: Callable[[str], None]
 
+    @contextlib.contextmanager
+    def writing(self, what: str):
+        """Turn whatever a full or broken disk makes a library raise into one line."""
+        try:
+            yield
+        except (RunStopped, Interrupted):
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            good = self.checkpoints.newest()
+            raise RunStopped(
+                f"{what} could not be written ({lines[0][:200]}); last good "
+                f"checkpoint: {f'step {good}' if good else 'none yet'}"
+            ) from error
 
-def _loop(run: Session, state, start: int, stream, writer, at_checkpoint):
-    config, plan, mesh, workdir = run.config, run.plan, run.mesh, run.workdir
-    train_step = jax.jit(
-        make_train_step(
-            plan.modules,
-            plan.objective,
-            plan.optimizer,
-            teacher_temp=plan.schedules["teacher_temp"],
-            ema_momentum=plan.schedules["ema_momentum"],
-            seed=config.seed,
-            accum_steps=config.accum_steps,
-        ),
+    def save(self, step: int, state) -> None:
+        """Start writing the checkpoint after `step` steps."""
+        source = self.plan.source
+        stream = {"records": len(source), "digest": source.digest()}
+        meta = {"step": step, "groups": self.plan.groups, "stream": stream}
+        with self.writing(f"a checkpoint up to step {step}"):
+            self.checkpoints.save(step, state, meta)
+
+    def wait(self, step: int) -> None:
+        """Until that checkpoint is on disk."""
+        with self.writing(f"the checkpoint of step {step}"):
+            self.checkpoints.wait()
+
+
+def stop_agreed(signals: Signals, step: int, every: int) -> bool:
+    """Whether to save and stop now; several processes agree every `every` steps."""
+    if jax.process_count() == 1:
+        return signals.received is not None
+    if step % every:
+        return False
+    wanted = np.array(signals.received is not None)
+    return bool(multihost_utils.process_allgather(wanted).any())
+
+
+def compiled_step(config: ConfigDict, plan: Plan, mesh, state):
+    """The jitted train step; the state it is given is consumed."""
+    step = make_train_step(
+        plan.modules,
+        plan.objective,
+        plan.optimizer,
+        teacher_temp=plan.schedules["teacher_temp"],
+        ema_momentum=plan.schedules["ema_momentum"],
+        seed=config.seed,
+        accum_steps=config.accum_steps,
+    )
+    if config.nan.policy == "skip":
+        step = skip_not_finite(step)
+    return jax.jit(
+        step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
     )
-    sharding = batch_sharding(mesh)
+
+
+def _loop(
+    run: Session, state, start, writer, doctor: Doctor, signals, stack, at_checkpoint
+):
+    config, plan, mesh, workdir = run.config, run.plan, run.mesh, run.workdir
+    total = plan.total_steps
+    train_step = compiled_step(config, plan, mesh, state)
     meter = Meter(plan, config.batch_size, config.model.dtype)
     bad = BadRecords(workdir, plan.source, config.data.max_bad_fraction, run.say)
-    stream_facts = {"records": len(plan.source), "digest": plan.source.digest()}
+    skips = Skips(workdir, plan.source, config.nan, writer, start, run.say)
+    sharding = batch_sharding(mesh)
+    feed = Feed(
+        config, plan, start, sharding=sharding, meter=meter, bad=bad, say=run.say
+    )
+    stack.push(closing(feed))
     ln_k = float(np.log(config.head.num_prototypes))
-    last_good = start or None
-
-    def fetch():
-        """Next batch on the device, and the records it came from."""
-        with meter.waiting():
-            try:
-                batch = dict(next(stream))
-            except RuntimeError as error:
-                raise RunStopped(str(error).strip().splitlines()[-1]) from error
-        index, rejected = batch.pop("index"), batch.pop("bad")
-        bad.check(rejected)
-        place = jax.make_array_from_process_local_data
-        return {k: place(sharding, v) for k, v in batch.items()}, index
 
     def settle(step, metrics, index):
-        """Wait for a step's numbers, refuse what is not finite, log."""
+        """Wait for a step's numbers, refuse or skip what is not finite, log."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not all(np.isfinite(v) for v in values.values()):
-            records = [plan.source.record_id(i) for i in index.ravel()]
-            raise not_finite(step, values, records, workdir, last_good)
-        last = step == plan.total_steps - 1
-        if not ((step + 1) % config.log_every == 0 or last):
+        values = skips.check(step, values, index, run.checkpoints.newest)
+        if not ((step + 1) % config.log_every == 0 or step == total - 1):
             return
         values["ln_k"] = ln_k
         values |= {k: float(s(step)) for k, s in plan.schedules.items()}
-        timing = meter.read()
+        timing = {**meter.read(), **doctor.seconds()}
         if writer:
-            writer.write(step, values, timing)
+            with run.writing("the metrics"):
+                writer.write(step, values, timing)
             run.progress.update(step, values, timing)
+            doctor.look("metrics", {"step": step, **values})
+            doctor.look("timing", {"step": step, **timing})
 
     run.say("compiling the train step")
-    batch, index = fetch()
+    try:
+        batch, index, arrays = feed(start, signals)
+    except Interrupted:
+        raise RunPaused(f"{signals.received}: nothing new to save") from None
+    if writer and start == 0:
+        doctor.picture(
+            "crops", 0, crops_panel(arrays, plan.modules.backbone.patch_size)
+        )
     pending = None
-    for step in range(start, plan.total_steps):
+    for step in range(start, total):
         state, metrics = train_step(state, batch)
         if step == start:  # compile time is not speed
             jax.block_until_ready(metrics)
@@ -279,20 +278,37 @@ def _loop(run: Session, state, start: int, stream, writer, at_checkpoint):
         meter.steps += 1
         if pending:
             settle(*pending)
-        pending = (step, metrics, index)
-        done = step + 1
-        if done < plan.total_steps:
-            batch, index = fetch()
-        if done % config.checkpoint_every == 0 or done == plan.total_steps:
-            settle(*pending)  # only a state with finite numbers is kept
-            pending = None
-            meta = {"step": done, "groups": plan.groups, "stream": stream_facts}
-            run.checkpoints.save(done, state, meta)
-            teacher = export_backbone(config, plan, state, workdir, mesh, step=done)
-            last_good = done
+        pending, done = (step, metrics, index), step + 1
+        if done < total:
+            with contextlib.suppress(Interrupted):
+                batch, index, _ = feed(done, signals)
+        stop = stop_agreed(signals, done, config.log_every)
+        checkup = doctor.due(done)
+        save = done % config.checkpoint_every == 0 or done == total or stop
+        if not (save or checkup):
+            continue
+        settle(*pending)  # only a state with finite numbers is kept
+        pending = None
+        teacher = None
+        if not stop or done == total:
+            teacher, *head = teacher_of(config, plan, state, mesh)
+            if checkup:  # before saving: a resumed run must not miss it
+                with run.writing("the health of the run"):
+                    doctor.examine(done, teacher, *head)
+        if save:
+            run.save(done, state)
+        if save and teacher:
+            with run.writing("the backbone"):
+                save_backbone(workdir / "backbone", teacher, step=done)
             if at_checkpoint:
                 at_checkpoint(teacher, plan.start, done)
-    run.checkpoints.wait()
+        if stop and done < total:
+            run.wait(done)
+            raise RunPaused(
+                f"{signals.received}: saved at step {done} of {total}; "
+                "the same command goes on from there"
+            )
+    run.wait(total)
 
 
 def describe(config: ConfigDict, plan: Plan, mesh, say) -> None:

@@ -54,15 +54,18 @@ class MetricFile:
 
 
 class Writer:
-    """metrics.jsonl (a function of the run alone), timing.jsonl, TensorBoard.
+    """metrics.jsonl, health.jsonl, skipped.jsonl, timing.jsonl, TensorBoard.
 
-    Speed goes to a file of its own because it differs from run to run.
+    The first three are a function of the run alone; speed goes to a file of its own
+    because it differs from run to run.
     """
 
     def __init__(self, workdir: str | Path, *, start_step: int = 0):
-        workdir = Path(workdir)
-        self.metrics = MetricFile(workdir / "metrics.jsonl", start_step)
-        self.timing = MetricFile(workdir / "timing.jsonl", start_step)
+        self.workdir = workdir = Path(workdir)
+        self.metrics, self.health, self.skipped, self.timing = self.files = [
+            MetricFile(workdir / f"{name}.jsonl", start_step)
+            for name in ("metrics", "health", "skipped", "timing")
+        ]
         self.board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start_step, write_to_disk=True
         )
@@ -74,10 +77,23 @@ class Writer:
         for name, value in {**metrics, **timing}.items():
             self.board.add_scalar(name, value, step)
 
+    def write_health(self, step: int, values: dict) -> None:
+        """Record what the probe measured after a step."""
+        self.health.write(step, values)
+        for name, value in values.items():
+            self.board.add_scalar(f"health/{name}", value, step)
+
+    def image(self, name: str, step: int, pixels, png: bytes) -> None:
+        """Show an image [H,W,3] uint8 in TensorBoard and keep it in panels/."""
+        self.board.add_image(name, pixels, step, dataformats="HWC")
+        folder = self.workdir / "panels"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}_{step + 1:08d}.png").write_bytes(png)
+
     def close(self) -> None:
         """Flush and close everything."""
-        self.metrics.close()
-        self.timing.close()
+        for file in self.files:
+            file.close()
         self.board.close()
 
 
