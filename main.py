@@ -13,8 +13,13 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; resumed if it exists"
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "join the other hosts of a SLURM or cloud TPU/GPU job"
+    "distributed", False, "join the other processes of a SLURM, OpenMPI or cloud job"
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where no launcher says it"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator, from 0")
 
 
 def guard(config):
@@ -34,6 +39,21 @@ def guard(config):
     return stop
 
 
+def join_others():
+    """Connect to the job's other processes, if the flags say that there are any."""
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        return
+    import jax
+
+    place = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if COORDINATOR.value and None in place:
+        sys.exit("error: --coordinator needs --num_processes and --process_id")
+    try:
+        jax.distributed.initialize(*place)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: cannot join the other processes: {error}")
+
+
 def main(argv):
     """Train, then score the phantom kNN if the config asks for it."""
     if len(argv) > 1:
@@ -43,14 +63,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     import jax
 
+    from ultradino_jax.monitor import EXIT_PAUSED, RunPaused, RunStopped
     from ultradino_jax.plan import phantom_source
-    from ultradino_jax.train import RunStopped, train
+    from ultradino_jax.train import train
 
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    join_others()
     try:
         workdir = train(CONFIG.value, WORKDIR.value, guard(CONFIG.value))
-        if CONFIG.value.knn.enabled:
+        if CONFIG.value.knn.enabled and jax.process_index() == 0:
             from ultradino_jax.evaluators.phantom_knn import phantom_knn
 
             phantom_knn(
@@ -58,6 +78,9 @@ def main(argv):
             )
     except RunStopped as stopped:
         sys.exit(f"error: {stopped}")
+    except RunPaused as paused:
+        print(f"paused: {paused}", flush=True)
+        sys.exit(EXIT_PAUSED)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def _tiny_config(**changes):
         "log_every": 1,
         "checkpoint_every": 2,
         "knn.enabled": False,
+        "health.every": 0,
     }
     config.update_from_flattened_dict({**small, **changes})
     return config
@@ -80,3 +81,22 @@ def _tiny_config(**changes):
 def tiny_config():
     """The function above: tiny_config(**{'data.root': ..})."""
     return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_config):
+    """The tiny config as flags on top of pretrain_smoke."""
+    from configs import pretrain_smoke
+
+    base = dict(pretrain_smoke.get_config().iteritems(preserve_field_references=True))
+    flags = ["--config=configs/pretrain_smoke.py"]
+
+    def walk(now, before, prefix):
+        for key, value in now.items():
+            if hasattr(value, "items"):
+                walk(value, before[key], f"{prefix}{key}.")
+            elif value != before[key]:
+                flags.append(f"--config.{prefix}{key}={value}")
+
+    walk(tiny_config(), base, "")
+    return flags

@@ -183,25 +183,6 @@ def run_main(workdir, *flags, devices=1, **popen):
 
 
 @pytest.fixture(scope="module")
-def tiny_flags(tiny_config):
-    """The tiny config as flags on top of pretrain_smoke."""
-    from configs import pretrain_smoke
-
-    base = dict(pretrain_smoke.get_config().iteritems(preserve_field_references=True))
-    flags = ["--config=configs/pretrain_smoke.py"]
-
-    def walk(now, before, prefix):
-        for key, value in now.items():
-            if hasattr(value, "items"):
-                walk(value, before[key], f"{prefix}{key}.")
-            elif value != before[key]:
-                flags.append(f"--config.{prefix}{key}={value}")
-
-    walk(tiny_config(), base, "")
-    return flags
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tiny_flags, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("main") / "run"
     process = run_main(workdir, *tiny_flags, "--config.epochs=5")
