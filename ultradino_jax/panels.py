@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from einops import rearrange
 from matplotlib import colormaps
 from PIL import Image
 
@@ -110,21 +111,23 @@ def crops_panel(
 ) -> np.ndarray:
     """One row per image of a batch: global crops with masked patches dark red, locals.
 
-    batch: the host arrays of `data.pipeline`; the first `count` images of group 0.
+    batch: the host arrays of `data.pipeline`; its first `count` images.
     """
-    crops, local = np.asarray(batch["global_crops"])[0], batch["local_crops"]
-    local, masks = np.asarray(local)[0], np.asarray(batch["masks"])[0]
+    crops, local, masks = (
+        rearrange(np.asarray(batch[name]), "w v b ... -> (w b) v ...")[:count]
+        for name in ("global_crops", "local_crops", "masks")
+    )
     grid = crops.shape[2] // patch_size
     rows = []
-    for j in range(min(count, crops.shape[1])):
+    for views, hidden, small in zip(crops, masks, local, strict=True):
         row = []
-        for crop, mask in zip(crops[:, j], masks[:, j], strict=True):
-            hidden = mask.reshape(grid, grid).repeat(patch_size, 0)
+        for crop, mask in zip(views, hidden, strict=True):
+            mask = mask.reshape(grid, grid).repeat(patch_size, 0).repeat(patch_size, 1)
             picture = rgb(crop)
-            picture[hidden.repeat(patch_size, 1)] //= 3
-            picture[hidden.repeat(patch_size, 1), 0] += 80
+            picture[mask] //= 3
+            picture[mask, 0] += 80
             row.append(fit(picture, side))
-        rows.append(row + [fit(rgb(crop), side) for crop in local[:, j]])
+        rows.append(row + [fit(rgb(crop), side) for crop in small])
     return sheet(rows)
 
 

@@ -33,7 +33,7 @@ from ultradino_jax.sharding import (
     state_shardings,
 )
 from ultradino_jax.watch import skip_not_finite
-from ultradino_jax.workdir import Lock, record_config
+from ultradino_jax.workdir import Lock, record_config, record_run
 from ultradino_jax.writer import Progress, Writer
 
 
@@ -50,6 +50,7 @@ def start_run(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
         if jax.process_index() == 0:
             stack.callback(Lock(workdir).close)
             record_config(config, workdir)
+            record_run(plan, workdir)
     except (ValueError, OSError, ImportError) as error:
         raise RunStopped(str(error)) from error
     return plan, mesh

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ultradino_jax.monitor import RunStopped
+from ultradino_jax.plan import Plan
 
 # Config keys that may differ when a run is resumed: they do not touch its numbers.
 FREE_KEYS = (
@@ -103,6 +104,22 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
     versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
     versions["system"] = platform.platform()
     write_whole(workdir / "versions.json", json.dumps(versions, indent=1) + "\n")
+
+
+def record_run(plan: Plan, workdir: Path) -> None:
+    """Write run.json: what the config leaves to the data and the devices."""
+    facts = {
+        "images": len(plan.source),
+        "digest": plan.source.digest(),
+        "first_image": plan.source.record_id(0),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "total_steps": plan.total_steps,
+        "groups": plan.groups,
+        "gflop_per_step": round(plan.flops_per_step / 1e9, 1),
+        "mean": list(plan.objective.mean),
+        "std": list(plan.objective.std),
+    }
+    write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
