@@ -1,0 +1,119 @@
+"""Kill a run with SIGKILL again and again; in the end not a byte may differ.
+
+    python -m experiments.kill_test --out=runs/kill_test --kills=20
+
+A tiny run on the phantom, checkpointed every two steps, is started, killed at a random
+moment (from its first import to its last save) and started again. After every kill the
+complete lines of metrics.jsonl must be those of an uninterrupted run, as must the
+finished file and the exported backbone. Prints the moment of every kill.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VALUES = {
+    "batch_size": 8,
+    "groups": 1,
+    "epochs": 10,
+    "steps_per_epoch": 6,
+    "model.patch_size": 8,
+    "head.hidden_dim": 32,
+    "head.bottleneck_dim": 16,
+    "head.num_prototypes": 64,
+    "crops.global_size": 32,
+    "crops.local_size": 16,
+    "crops.num_local": 2,
+    "data.phantom_images": 24,
+    "data.phantom_size": "(40,48)",
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "health.every": 6,
+    "health.images": 16,
+    "health.patients": 4,
+    "knn.enabled": False,
+}
+
+
+def start(workdir: Path, cache: Path) -> subprocess.Popen:
+    """main.py on the tiny run; its output is dropped."""
+    command = [sys.executable, "main.py", "--config=configs/pretrain_smoke.py"]
+    command += [f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in VALUES.items()]
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
+
+
+def metrics(workdir: Path) -> bytes:
+    """The complete lines so far."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a run that must succeed."""
+    if process.wait():
+        sys.exit(f"the run ended with exit code {process.returncode}")
+
+
+def main(argv=None) -> None:
+    """Kill, rerun, compare."""
+    parser = argparse.ArgumentParser(description="SIGKILL at random moments.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    cache, whole, workdir = (args.out.absolute() / n for n in ("cache", "whole", "run"))
+    finish(start(whole, cache))
+    begun = time.monotonic()
+    finish(start(args.out / "timing", cache))  # compiled already: what a run takes
+    seconds = time.monotonic() - begun
+    expected, draw = metrics(whole), random.Random(args.seed)
+    print(
+        f"{expected.count(b'step')} lines; a whole run takes {seconds:.0f} s",
+        flush=True,
+    )
+    kills = 0
+    while kills < args.kills:
+        process, wait = start(workdir, cache), draw.uniform(0.05, seconds)
+        try:
+            process.wait(timeout=wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        else:  # it was done before: begin anew
+            if process.returncode or metrics(workdir) != expected:
+                sys.exit(f"run {workdir} ended with {process.returncode} or differs")
+            shutil.rmtree(workdir)
+            continue
+        now = metrics(workdir)
+        print(
+            f"kill {kills}: after {wait:.1f} s, {len(now.splitlines())} lines",
+            flush=True,
+        )
+        if not expected.startswith(now):
+            sys.exit("metrics.jsonl differs from the uninterrupted run")
+    finish(start(workdir, cache))
+    for name in ("metrics.jsonl", "health.jsonl", "backbone/backbone.json"):
+        if (workdir / name).read_bytes() != (whole / name).read_bytes():
+            sys.exit(f"{name} differs from the uninterrupted run")
+    print(f"{kills} kills: metrics.jsonl and health.jsonl are the same bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Does a run repeat itself? The question of the paper's Figure 3, on the phantom.
+
+    python -m experiments.reproducibility --out=runs/reproducibility
+
+The figure shows how far the iBOT loss of two runs of one seed drifts apart. Here five
+runs of main.py are compared: a run, the same again, one killed with SIGKILL and
+resumed, one on eight (simulated) devices instead of one, and one of another seed for
+scale. All have eight groups, so that the same images meet in the loss on any number of
+devices.
+Writes reproducibility.csv (step, iBOT loss of each run), .json (largest differences)
+and .png.
+"""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+RUNS = {
+    "first": {},
+    "again": {},
+    "killed and resumed": {"kill": True},
+    "8 devices": {"devices": 8},
+    "another seed": {"seed": 1},
+}
+
+
+def command(workdir: Path, steps: int, seed: int = 0) -> list[str]:
+    """main.py on the smoke recipe, cut to `steps` steps in groups of eight images."""
+    values = {
+        "seed": seed,
+        "epochs": 1,
+        "steps_per_epoch": steps,
+        "optim.warmup_epochs": 0.1,
+        "teacher.warmup_temp_epochs": 0.3,
+        "optim.freeze_last_layer_epochs": 0.1,
+        "batch_size": 64,
+        "groups": 8,
+        "log_every": 1,
+        "checkpoint_every": max(steps // 6, 1),
+        "health.every": 0,
+        "knn.enabled": False,
+    }
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    config = "--config=configs/pretrain_smoke.py"
+    return [sys.executable, "main.py", config, f"--workdir={workdir}", *flags]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """{step: iBOT loss} of the complete lines of metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    whole = path.read_text().rpartition("\n")[0].splitlines()
+    return {row["step"]: row["ibot"] for row in map(json.loads, whole)}
+
+
+def run(
+    workdir: Path, steps: int, *, devices=1, seed=0, kill=False
+) -> dict[int, float]:
+    """Train, or take the run that is there; returns its losses."""
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    line = command(workdir, steps, seed)
+    if kill and len(losses(workdir)) < steps:
+        victim = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+        while victim.poll() is None and len(losses(workdir)) <= steps // 2:
+            time.sleep(0.05)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        print(f"killed after {len(losses(workdir))} of {steps} steps", flush=True)
+    subprocess.run(line, cwd=ROOT, env=env, check=True)
+    return losses(workdir)
+
+
+def differences(table: dict[str, dict[int, float]]) -> dict[str, list[float]]:
+    """|iBOT loss - that of the first run|, step by step."""
+    first = table["first"]
+    return {
+        name: [abs(values[s] - first[s]) for s in sorted(first)]
+        for name, values in table.items()
+        if name != "first"
+    }
+
+
+def plot(table, apart, out: Path) -> None:
+    """The losses, and their distance to the first run on a logarithmic axis."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(list(table["first"].values()), label="first")
+    left.plot(list(table["another seed"].values()), label="another seed")
+    left.set(xlabel="step", ylabel="iBOT loss")
+    left.legend()
+    least = 1e-9
+    for name, values in apart.items():
+        zero = " (exactly 0)" if max(values) == 0 else ""
+        right.plot([max(v, least) for v in values], label=name + zero)
+    right.set(yscale="log", xlabel="step", ylabel="difference to the first run")
+    right.legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
+def main(argv=None) -> None:
+    """Run, compare, write."""
+    parser = argparse.ArgumentParser(description="Compare runs of one seed.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = {}
+    for name, options in RUNS.items():
+        print(f"--- {name}", flush=True)
+        table[name] = run(args.out / name.replace(" ", "_"), args.steps, **options)
+    apart = differences(table)
+    with (args.out / "reproducibility.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["step", *table])
+        rows.writerows([s, *(v[s] for v in table.values())] for s in table["first"])
+    summary = {
+        "steps": args.steps,
+        "largest_difference": {name: max(values) for name, values in apart.items()},
+        "last_ibot_loss": list(table["first"].values())[-1],
+    }
+    text = json.dumps(summary, indent=1)
+    (args.out / "reproducibility.json").write_text(text + "\n")
+    plot(table, apart, args.out / "reproducibility.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
