@@ -272,7 +272,7 @@ def test_nnunet_itself(images, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "nnUNet_extTrainer", str(Path(__file__).parent / "nnunet_trainer")
     )
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     nnunet.export(make_config(images, seeds=(3,)), tmp_path)
     nnunet.run(
         tmp_path,
