@@ -39,7 +39,10 @@ if os.environ.get("FAKE_FAILS") == name:
 number = arguments[arguments.index("-d") + 1] if "-d" in arguments else arguments[0]
 dataset, = raw.glob(f"Dataset{number}_*")
 if name == "nnUNetv2_plan_and_preprocess":
-    (ready / dataset.name).mkdir(parents=True)
+    (ready / dataset.name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(dataset / "splits_final.json", ready / dataset.name)
+    if os.environ.get("FAKE_FAILS") == "planning":
+        sys.exit("RuntimeError: no plans")
 if name == "nnUNetv2_train":
     print("Epoch 0")
     print("Epoch time: 1.0 s")
@@ -196,7 +199,9 @@ def test_the_chain_ends_in_results_of_our_metrics(images, exported, commands, ca
     fold = f"500 2d 0 -tr {TRAINER} -device cpu"
     assert calls[1].startswith("nnUNetv2_plan_and_preprocess -d 500 -c 2d --verify")
     assert calls[2] == f"nnUNetv2_train {fold}"
-    assert calls[3].startswith("nnUNetv2_predict -i") and "-f 0" in calls[3]
+    tested = f"-i {work}/raw/{dataset}/imagesTs -o {work}/masks/{TRAINER}/seed3"
+    assert calls[3].startswith("nnUNetv2_predict -d 500 -c 2d -f 0 -tr")
+    assert calls[3].endswith(tested)
     assert len(calls) == 7 and "Epoch time" in (work / "logs/seed3.log").read_text()
     # Again: nothing is left to do but to ask for the versions.
     nnunet.run(work, commands, **options)
@@ -238,14 +243,19 @@ def test_what_is_missing_is_said_in_one_line(
     with pytest.raises(FileNotFoundError, match="export first"):
         nnunet.run(tmp_path / "empty", commands, **quiet)
     answers(work, images)
+    # It fails after the split was copied: not to be taken for a plan.
+    monkeypatch.setenv("FAKE_FAILS", "planning")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="preprocess ended with 1: .*no plans"):
+            nnunet.run(work, commands, **quiet)
     monkeypatch.setenv("FAKE_FAILS", "nnUNetv2_train")
     with pytest.raises(ValueError, match="nnUNetv2_train ended with 1: .*no memory"):
         nnunet.run(work, commands, **quiet)
     monkeypatch.delenv("FAKE_FAILS")
     nnunet.run(work, commands, **quiet)
     calls = (work / "calls.txt").read_text()
-    assert calls.count("plan_and_preprocess -d 500") == 1  # it was not planned again
-    lost = sorted((work / "masks" / "seed3").iterdir())[0]
+    assert calls.count("plan_and_preprocess -d 500") == 3  # and not once it was done
+    lost = sorted((work / "masks" / TRAINER / "seed3").iterdir())[0]
     mask = np.asarray(Image.open(lost))
     lost.unlink()
     with pytest.raises(ValueError, match=f"1 of 2 predictions are missing, .*{lost}"):

@@ -167,6 +167,11 @@ def trained_folder(workdir: Path, dataset: str, trainer: str) -> Path:
     return workdir / FOLDERS["nnUNet_results"] / dataset / plan / f"fold_{FOLD}"
 
 
+def masks_folder(workdir: Path, trainer: str, seed: str) -> Path:
+    """Where the test images' masks are predicted to."""
+    return workdir / "masks" / trainer / f"seed{seed}"
+
+
 def run(
     workdir: str | Path,
     commands: str | Path,
@@ -189,44 +194,40 @@ def run(
     record["versions"] = versions_in(folder, env)
     record["trainer"] = trainer
     write_json(workdir / RECORD, record)
-    count = str(processes)
     for seed, facts in record["seeds"].items():
         dataset, number = facts["dataset"], facts["dataset"][7:10]
         raw, ready = (workdir / FOLDERS[k] / dataset for k in list(FOLDERS)[:2])
         fold = trained_folder(workdir, dataset, trainer)
-        masks = workdir / "masks" / f"seed{seed}"
+        masks = masks_folder(workdir, trainer, seed)
 
-        def step(name, *arguments, epochs=None, dataset=dataset, seed=seed):
+        def step(name, words, *paths, epochs=None, dataset=dataset, seed=seed):
             say(f"{dataset}: {name}")
             progress = Progress(f"{dataset}, {name}", epochs, unit="epoch")
             log = workdir / "logs" / f"seed{seed}.log"
-            call([str(folder / name), *map(str, arguments)], log, env, progress)
+            call([str(folder / name), *words.split(), *paths], log, env, progress)
 
-        if not (ready / "splits_final.json").is_file():
+        if not facts.get("planned"):
             step(
                 "nnUNetv2_plan_and_preprocess",
-                "-d",
-                number,
-                "-c",
-                CONFIGURATION,
-                "--verify_dataset_integrity",
-                "--clean",
-                "-npfp",
-                count,
-                "-np",
-                count,
+                f"-d {number} -c {CONFIGURATION} --verify_dataset_integrity --clean "
+                f"-npfp {processes} -np {processes}",
             )
-            # What says that the images are ready; with it nnU-Net draws no folds.
-            shutil.copy(raw / "splits_final.json", ready)  # fmt: skip
+            # Where it stands, nnU-Net draws no folds; not every version puts it there.
+            shutil.copy(raw / "splits_final.json", ready)
+            facts["planned"] = True
+            write_json(workdir / RECORD, record)
+        how = f"-tr {trainer} -device {device}"
         if not (fold / "validation" / "summary.json").is_file():
-            again = ["--c"] if any(fold.glob("checkpoint_*.pth")) else []
-            step("nnUNetv2_train", number, CONFIGURATION, FOLD, "-tr", trainer,
-                 "-device", device, *again, epochs=epochs_of(trainer))  # fmt: skip
-        tests = [p.name for p in (raw / "imagesTs").iterdir()]
-        if len(list(masks.glob("*.png"))) < len(tests):
-            step("nnUNetv2_predict", "-i", raw / "imagesTs", "-o", masks, "-d", number,
-                 "-c", CONFIGURATION, "-f", FOLD, "-tr", trainer, "-device", device,
-                 "-npp", count, "-nps", count)  # fmt: skip
+            again = " --c" if any(fold.glob("checkpoint_*.pth")) else ""
+            words = f"{number} {CONFIGURATION} {FOLD} {how}{again}"
+            step("nnUNetv2_train", words, epochs=epochs_of(trainer))
+        tests = raw / "imagesTs"
+        if len(list(masks.glob("*.png"))) < len(list(tests.iterdir())):
+            words = (
+                f"-d {number} -c {CONFIGURATION} -f {FOLD} {how} "
+                f"-npp {processes} -nps {processes}"
+            )
+            step("nnUNetv2_predict", words, "-i", str(tests), "-o", str(masks))
 
 
 def collect(workdir: str | Path, say=print) -> dict:
@@ -253,7 +254,8 @@ def collect(workdir: str | Path, say=print) -> dict:
         check_structures(data, parts)
         fold = trained_folder(workdir, facts["dataset"], trainer)
         validated = read_masks(fold / "validation", rows["val"], data, side)
-        found = read_masks(workdir / "masks" / f"seed{seed}", rows["test"], data, side)
+        masks = masks_folder(workdir, trainer, seed)
+        found = read_masks(masks, rows["test"], data, side)
         on_val, _ = results.scored(validated, parts["val"].masks, y)
         counts, distances = results.scored(found, parts["test"].masks, y)
         own = split.split("test")
