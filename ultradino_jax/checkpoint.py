@@ -154,6 +154,16 @@ class RunCheckpoints:
         self.manager.close()
 
 
+def params_digest(params) -> str:
+    """sha256 over names, shapes and bytes of all parameters of a tree."""
+    sha = hashlib.sha256()
+    for name, leaf in sorted(flat_names(params).items()):
+        leaf = np.asarray(leaf)
+        sha.update(f"{name}{leaf.shape}{leaf.dtype}".encode())
+        sha.update(leaf.tobytes())
+    return sha.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """A frozen model with everything needed to feed it.
@@ -175,12 +185,7 @@ class Backbone:
     @property
     def digest(self) -> str:
         """sha256 over names, shapes and bytes of all parameters."""
-        sha = hashlib.sha256()
-        for name, leaf in sorted(flat_names(self.params).items()):
-            leaf = np.asarray(leaf)
-            sha.update(f"{name}{leaf.shape}{leaf.dtype}".encode())
-            sha.update(leaf.tobytes())
-        return sha.hexdigest()
+        return params_digest(self.params)
 
 
 MODEL_CLASSES = {"ViT": ViT, "USFM": USFM}

@@ -21,6 +21,7 @@ from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.data.phantom import render_phantom
 from ultradino_jax.data.phantom_layouts import write_african, write_fetal_planes
 from ultradino_jax.evaluators.classification import evaluate, load_dataset
+from ultradino_jax.evaluators.classifier import load_classifier
 from ultradino_jax.evaluators.compare import compare, main, read_entry
 from ultradino_jax.evaluators.load import load_any_backbone
 from ultradino_jax.evaluators.overlap import check_overlap
@@ -199,7 +200,49 @@ def test_paper_recipe_and_finetune(place):
     rows = ("teacher", "random init", "raw pixels")
     tuned, _ = run(place, "tuned", "finetune", seeds=(0,), rows=rows)
     assert list(tuned["entries"]) == ["teacher/finetune", "random init/finetune"]
-    assert (place / "tuned" / "random_init" / "seed0" / "checkpoints").is_dir()
+    for row in ("random init", "teacher"):
+        assert_kept_model_gives_the_predictions(place / "tuned", row, "finetune")
+    # The training state is gone once the model is kept, which ends the same call.
+    assert not (place / "tuned" / "teacher" / "seed0" / "checkpoints").exists()
+    again, _ = run(place, "tuned", "finetune", seeds=(0,), rows=rows)
+    assert again["entries"] == tuned["entries"]
+
+
+def assert_kept_model_gives_the_predictions(workdir, row, method):
+    """The classifier beside the results computes what predictions.csv says."""
+    folder = workdir / row.replace(" ", "_") / "seed0"
+    classifier, _ = load_classifier(folder)
+    lines = [
+        r
+        for r in read_predictions(workdir)
+        if (r["entry"], r["seed"], r["set"]) == (f"{row}/{method}", "0", "test")
+    ]
+    data = load_dataset(small_config(workdir.parent, method).data).split("test")
+    assert [r["id"] for r in lines[:9]] == list(data.ids[:9])
+    preprocess = classifier.preprocess
+    images = np.stack([preprocess.resize(np.asarray(data[i])) for i in range(9)])
+    scores = jax.nn.softmax(classifier.logits(preprocess.normalise(images)))
+    wanted = [[float(r[name]) for name in classifier.classes] for r in lines[:9]]
+    np.testing.assert_allclose(scores, wanted, atol=2e-5)
+
+
+def test_kept_probe_gives_the_predictions_and_knows_its_backbone(place, cached):
+    assert_kept_model_gives_the_predictions(place / "cached", "teacher", "linear")
+    assert not (place / "cached" / "random_init").exists()
+    folder = place / "cached" / "teacher" / "seed1" / "classifier"
+    record = json.loads((folder / "classifier.json").read_text())
+    moved = record | {"backbone": record["backbone"] | {"checkpoint": "elsewhere"}}
+    copy = place / "moved"
+    shutil.copytree(folder, copy)
+    (copy / "classifier.json").write_text(json.dumps(moved))
+    with pytest.raises(FileNotFoundError, match="no longer at 'elsewhere': correct"):
+        load_classifier(copy)
+    moved["backbone"] |= {"checkpoint": str(place / "run"), "digest": "0123"}
+    (copy / "classifier.json").write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match=r"digest 0123; .*run' now holds"):
+        load_classifier(copy)
+    with pytest.raises(FileNotFoundError, match=r"no classifier\.json in"):
+        load_classifier(place)
 
 
 def test_few_labels(place):

@@ -56,12 +56,6 @@ def test_hugging_face_processor_gives_the_pixels_we_were_evaluated_on(tmp_path):
     assert pixels.shape == (1, 3, 64, 64)
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-def test_timm(tmp_path, registers):
-    pytest.importorskip("timm")
-    checked(tmp_path, "timm", MODEL.clone(num_registers=registers))
-
-
 @pytest.mark.parametrize("registers, layerscale", [(4, 0.1), (0, None)])
 def test_onnx(tmp_path, registers, layerscale):
     pytest.importorskip("onnxruntime")

@@ -1,4 +1,4 @@
-"""Our forward pass against timm's, from arrays made once by make_timm_vit.py."""
+"""Our forward pass and our exports against timm's, from arrays made once with timm."""
 
 import importlib.util
 import json
@@ -9,19 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ultradino_jax.export import our_features
 from ultradino_jax.interop.families import backbone_from_tensors
 from ultradino_jax.interop.files import WeightFile
 from ultradino_jax.interop.load import with_image_size
+from ultradino_jax.interop.safetensors import read_safetensors
+from ultradino_jax.interop.save import write
 
-SCRIPT = Path(__file__).parent.parent / "golden" / "make_timm_vit.py"
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, GOLDEN / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("make_timm_vit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("make_timm_vit")
 
 
 @pytest.mark.parametrize(
@@ -51,4 +58,27 @@ def test_features_equal_timm(golden, sub, recipe, name, ours):
     ]:
         error = float(np.abs(got - wanted).max())
         print(f"{name}: max |difference| {error:.2e}")
+        assert error < 1e-4
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_timm_computes_our_features_from_our_export(golden, sub, tmp_path, registers):
+    """timm was given these very files; its tokens at batch 1 and 5 are ours."""
+    recipe = script("make_timm_export")
+    g = sub(golden("timm_export"), f"registers{registers}/")
+    backbone = recipe.tiny_backbone(registers)
+    write("timm", backbone, tmp_path, None)
+    tensors, _ = read_safetensors(tmp_path / "model.safetensors")
+    assert recipe.tensors_sha256(tensors) == str(g["sha256"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == json.loads(str(g["config"]))
+    images = recipe.images().transpose(0, 2, 3, 1)
+    cls, patches = our_features(backbone, images)
+    assert g["prefix"] == 1 + registers and np.std(g["tokens"]) > 0.3
+    for got, wanted in [
+        (cls, g["tokens"][:, 0]),
+        (patches, g["tokens"][:, 1 + registers :]),
+    ]:
+        error = float(np.abs(got - wanted).max())
+        print(f"{registers} registers: max |difference| {error:.2e}")
         assert error < 1e-4

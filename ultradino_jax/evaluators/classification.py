@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,11 +17,18 @@ from ultradino_jax.data.datasets.labelled import (
     few_per_class,
 )
 from ultradino_jax.evaluators.baselines import RawPixels, raw_pixels, untrained
+from ultradino_jax.evaluators.classifier import FOLDER, save_classifier
 from ultradino_jax.evaluators.features import Features, Preprocess, extract_features
 from ultradino_jax.evaluators.finetune import finetune
 from ultradino_jax.evaluators.knn import knn_votes
-from ultradino_jax.evaluators.linear import fit_cached, fit_paper, head_grid
-from ultradino_jax.evaluators.load import backbone_of, checkpoint_record
+from ultradino_jax.evaluators.linear import (
+    LinearProbe,
+    fit_cached,
+    fit_paper,
+    head_grid,
+    probe_classifier,
+)
+from ultradino_jax.evaluators.load import TRAINED_ROW, backbone_of, checkpoint_record
 from ultradino_jax.evaluators.logreg import fit_logreg
 from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.evaluators.results import Entry, Run, table, write_results
@@ -128,7 +137,9 @@ def evaluate(
                 _finetuned(config, row, row_backbone, data, external, workdir)
             )
         else:
-            entries += _probed(config, row, row_backbone, data, external)
+            entries += _probed(
+                config, row, row_backbone, data, external, checkpoint, workdir
+            )
     facts = {
         "config": json.loads(config.to_json_best_effort()),
         "checkpoint": checkpoint_record(checkpoint, backbone),
@@ -177,8 +188,11 @@ def _finetuned(config, row, backbone, data, external, workdir) -> Entry:
     return entry
 
 
-def _probed(config, row, backbone, data, external) -> list[Entry]:
-    """Every frozen-feature evaluation of one backbone."""
+def _probed(config, row, backbone, data, external, checkpoint, workdir) -> list[Entry]:
+    """Every frozen-feature evaluation of one backbone.
+
+    Linear probes of the checkpoint are kept, without its backbone, for export.
+    """
     grid = head_grid(backbone.model.depth, not isinstance(backbone.model, RawPixels))
     sets = {name: data.split(name) for name in ("train", "val", "test")}
     if external is not None:
@@ -208,6 +222,11 @@ def _probed(config, row, backbone, data, external) -> list[Entry]:
         else:
             train, val = ((features[s], sets[s].labels) for s in ("train", "val"))
             fitted = _fit(config, config.mode, train, val, data.classes, grid, seed)
+        if fitted.probe is not None and row == TRAINED_ROW:
+            antialias = config.model.antialias
+            kept = probe_classifier(fitted.probe, backbone, data.classes, antialias)
+            folder = Path(workdir) / row / f"seed{seed}" / FOLDER
+            save_classifier(folder, kept, checkpoint=checkpoint)
         entry.runs.append(_run(seed, fitted, features))
     return [entry]
 
@@ -232,10 +251,23 @@ def _few_labels(config, row, sets, features, grid) -> list[Entry]:
     return entries
 
 
-def _run(seed, fitted, features) -> Run:
-    scores, choice, val = fitted
+class _Fitted(NamedTuple):
+    """scores(Features) -> [n,Y], what was chosen, validation accuracy."""
+
+    scores: Callable[[Features], np.ndarray]
+    choice: dict
+    val: float
+    probe: LinearProbe | None = None
+
+
+def _choice(probe: LinearProbe) -> _Fitted:
+    return _Fitted(probe.scores, probe.head._asdict(), probe.val_accuracy, probe)
+
+
+def _run(seed, fitted: _Fitted, features) -> Run:
+    scores = fitted.scores
     outside = scores(features["external"]) if "external" in features else None
-    return Run(seed, choice, val, scores(features["test"]), outside)
+    return Run(seed, fitted.choice, fitted.val, scores(features["test"]), outside)
 
 
 def _linear_paper(config, row, backbone, sets, features, grid, seed):
@@ -253,14 +285,11 @@ def _linear_paper(config, row, backbone, sets, features, grid, seed):
         preprocess=_preprocess(config, backbone),
         name=f"{row}, linear probe, seed {seed}",
     )
-    return probe.scores, probe.head._asdict(), probe.val_accuracy
+    return _choice(probe)
 
 
-def _fit(config, method, train, val, classes, grid, seed):
-    """Train and select; train and val are (Features, labels).
-
-    Returns (Features -> scores [n,Y], what was chosen, validation accuracy).
-    """
+def _fit(config, method, train, val, classes, grid, seed) -> _Fitted:
+    """Train and select; train and val are (Features, labels)."""
     (x, y), (val_x, val_y) = train, val
     num_classes = len(classes)
     if method == "linear":
@@ -281,7 +310,7 @@ def _fit(config, method, train, val, classes, grid, seed):
             epochs=epochs,
             warmup_epochs=epochs // 2 if few else c.warmup_epochs,
         )
-        return probe.scores, probe.head._asdict(), probe.val_accuracy
+        return _choice(probe)
     if method == "logreg":
         c = config.logreg
         fitted = fit_logreg(
@@ -294,7 +323,7 @@ def _fit(config, method, train, val, classes, grid, seed):
             max_iter=c.max_iter,
         )
         choice = {"C": fitted.c, "converged": fitted.converged}
-        return (
+        return _Fitted(
             lambda features: fitted.scores(features.cls[:, -1]),
             choice,
             fitted.val_accuracy,
@@ -314,4 +343,4 @@ def _nearest(c, x, y, val_x, val_y, num_classes):
         k: float((v.argmax(axis=1) == val_y).mean()) for k, v in votes(val_x).items()
     }
     best = max(accuracy, key=accuracy.get)  # the first of equals
-    return lambda features: votes(features)[best], {"k": best}, accuracy[best]
+    return _Fitted(lambda features: votes(features)[best], {"k": best}, accuracy[best])

@@ -5,7 +5,9 @@ and augmentation; AdamW in float32. The epoch of highest validation macro F1 is 
 (the reference's rule keeps the worst: it minimises an accuracy).
 """
 
+import dataclasses
 import functools
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,13 @@ import optax
 
 from ultradino_jax.checkpoint import Backbone, RunCheckpoints
 from ultradino_jax.data.datasets.labelled import LabelledImages
+from ultradino_jax.evaluators.classifier import (
+    FOLDER,
+    NORM_EPS,
+    Classifier,
+    load_classifier,
+    save_classifier,
+)
 from ultradino_jax.evaluators.features import (
     Preprocess,
     image_batches,
@@ -31,12 +40,13 @@ from ultradino_jax.evaluators.mixup import (
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.recipe import (
     Plan,
+    check_same_run,
     train_batches,
     warmup_cosine,
 )
 from ultradino_jax.optimizer import learning_rate_table, weight_decay_table
 
-NORM_EPS, NORM_MOMENTUM = 1e-6, 0.1
+NORM_MOMENTUM = 0.1
 # What the reference's config says and what its optimiser did: it builds groups with
 # multipliers that AdamW does not read, and never passes the weight decay, so that
 # torch's default applies to every parameter.
@@ -211,10 +221,25 @@ def finetune(
 ) -> FineTuned:
     """Train all parameters; the epoch of highest validation macro F1 is returned.
 
-    The state is kept in `workdir` every `checkpoint_every` epochs and at the end:
-    running it again goes on from there. Raises ValueError when the workdir belongs to
-    another backbone, data set or setting.
+    The state is kept in `workdir` every `checkpoint_every` epochs, the result at the
+    end in `workdir/classifier`: running it again goes on from there, or returns at once
+    when it had ended. Raises ValueError when the workdir belongs to another backbone,
+    data set or setting.
     """
+    model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
+    preprocess = preprocess or Preprocess.of(backbone)
+    identity = {
+        "backbone": backbone.digest,
+        "train": train.split_hash(),
+        "val": val.split_hash(),
+        "settings": [seed, layerwise, learning_rate, layerwise_decay, batch_size,
+                     epochs, warmup_epochs, preprocess.antialias],
+    }  # fmt: skip
+    workdir = Path(workdir)
+    if (workdir / FOLDER).is_dir():
+        kept, record = load_classifier(workdir)
+        check_same_run(record["identity"], identity, workdir, "fine-tuning")
+        return _tuned(model, preprocess, *_state_of(kept), record["history"])
     plan = Plan(
         len(train), batch_size=batch_size, epochs=epochs, warmup_epochs=warmup_epochs
     )
@@ -225,21 +250,12 @@ def finetune(
         layerwise,
         layerwise_decay=layerwise_decay,
     )
-    model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
-    preprocess = preprocess or Preprocess.of(backbone)
     num_classes = len(train.classes)
     by_row, everywhere = row_sharding(plan.batch_size)
     state = _initial_state(backbone, optimizer, num_classes, seed)
     state = jax.device_put(state, everywhere)
     best = jax.tree.map(jnp.copy, state[:2])
-    identity = {
-        "backbone": backbone.digest,
-        "train": train.split_hash(),
-        "val": val.split_hash(),
-        "settings": [seed, layerwise, learning_rate, layerwise_decay, batch_size,
-                     epochs, warmup_epochs, preprocess.antialias],
-    }  # fmt: skip
-    checkpoints = RunCheckpoints(Path(workdir) / "checkpoints", keep=1)
+    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=1)
     try:
         state, best, history = _restore(checkpoints, state, best, identity)
         progress = Progress(name, plan.steps, unit="step")
@@ -266,7 +282,7 @@ def finetune(
             if not history or f1 > max(h["val_macro_f1"] for h in history):
                 best = jax.tree.map(jnp.copy, state[:2])
             history.append({"epoch": epoch, "loss": mean_loss, "val_macro_f1": f1})
-            if len(history) % checkpoint_every == 0 or len(history) == epochs:
+            if len(history) % checkpoint_every == 0 and len(history) < epochs:
                 tree = {"state": state, "best": best}
                 meta = {"identity": identity, "history": history}
                 checkpoints.save(len(history), tree, meta)
@@ -274,9 +290,29 @@ def finetune(
         checkpoints.wait()
     finally:
         checkpoints.close()
+    params, stats = jax.device_get(best)
+    head = {**params["head"], **stats._asdict()}
+    tuned = dataclasses.replace(backbone, params=params["backbone"])
+    classifier = Classifier(
+        tuned, head, 1, False, tuple(train.classes), preprocess.antialias
+    )
+    facts = {"identity": identity, "history": history}
+    save_classifier(workdir / FOLDER, classifier, **facts)
+    shutil.rmtree(workdir / "checkpoints")
+    return _tuned(model, preprocess, params, stats, history)
+
+
+def _tuned(model, preprocess, params, stats, history) -> FineTuned:
     scores = [h["val_macro_f1"] for h in history]
     kept = int(np.argmax(scores))  # the first of equals
-    return FineTuned(model, preprocess, *best, kept, scores[kept], history)
+    return FineTuned(model, preprocess, params, stats, kept, scores[kept], history)
+
+
+def _state_of(classifier: Classifier):
+    """(params, stats) as they were trained."""
+    head = {k: classifier.head[k] for k in ("kernel", "bias")}
+    stats = NormStats(classifier.head["mean"], classifier.head["var"])
+    return {"backbone": classifier.backbone.params, "head": head}, stats
 
 
 def _initial_state(backbone, optimizer, num_classes, seed) -> FinetuneState:
@@ -297,12 +333,7 @@ def _restore(checkpoints, state, best, identity):
     if restored is None:
         return state, best, []
     tree, meta = restored
-    for key, value in identity.items():
-        if meta["identity"][key] != value:
-            raise ValueError(
-                f"{str(checkpoints.directory)!r} holds a fine-tuning with another "
-                f"{key}: {meta['identity'][key]} there, {value} now"
-            )
+    check_same_run(meta["identity"], identity, checkpoints.directory, "fine-tuning")
     return tree["state"], tree["best"], list(meta["history"])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ultradino_jax.checkpoint import Backbone
 from ultradino_jax.data.datasets.labelled import LabelledImages
+from ultradino_jax.evaluators.classifier import Classifier
 from ultradino_jax.evaluators.features import (
     Features,
     Preprocess,
@@ -162,6 +163,17 @@ class LinearProbe(NamedTuple):
         """Class probabilities [n,Y]."""
         x = features.assemble(self.layers, True)
         return np.asarray(jax.nn.softmax(x @ self.kernel + self.bias))
+
+
+def probe_classifier(
+    probe: LinearProbe, backbone: Backbone, classes: Sequence[str], antialias: bool
+) -> Classifier:
+    """The probe with its backbone, only the features that it sees kept."""
+    n, avgpool, d = *probe.head[:2], backbone.model.embed_dim
+    cls_end = probe.layers * d
+    rows = slice(cls_end - n * d, None if avgpool else cls_end)
+    head = {"kernel": probe.kernel[rows], "bias": probe.bias}
+    return Classifier(backbone, head, n, avgpool, tuple(classes), antialias)
 
 
 def select(

@@ -24,6 +24,7 @@ from ultradino_jax.checkpoint import Backbone, RunCheckpoints
 from ultradino_jax.evaluators.features import row_sharding
 from ultradino_jax.evaluators.networks import Network
 from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.evaluators.recipe import check_same_run
 from ultradino_jax.evaluators.segmentation_augment import augment_pair
 from ultradino_jax.evaluators.segmentation_loss import (
     cross_entropy,
@@ -210,7 +211,7 @@ def train_segmenter(
         identity["settings"].append(weight_decay)
     if (workdir / "segmenter").is_dir():
         segmenter, record = load_segmenter(workdir)
-        _same_run(record["identity"], identity, workdir)
+        check_same_run(record["identity"], identity, workdir, "segmentation")
         return segmenter, record["history"]
     model = segmentation_model(
         backbone, len(classes), norm=norm, head_channels=head_channels
@@ -322,16 +323,8 @@ class _Run:
         if restored is None:
             return
         tree, meta = restored
-        _same_run(meta["identity"], self.identity, self.checkpoints.directory)
+        folder = self.checkpoints.directory
+        check_same_run(meta["identity"], self.identity, folder, "segmentation")
         self.state, self.best = tree["state"], tree["best"]
         self.history = list(meta["history"])
         self.step = self.history[-1]["step"]
-
-
-def _same_run(there: dict, now: dict, folder) -> None:
-    for key, value in now.items():
-        if there[key] != value:
-            raise ValueError(
-                f"{str(folder)!r} holds a segmentation with another {key}: "
-                f"{there[key]} there, {value} now"
-            )

@@ -51,6 +51,13 @@ class Segmenter:
         """The backbone's own."""
         return Preprocess.of(self.backbone)
 
+    def with_parameters(self) -> Backbone:
+        """UperNet's backbone as it was trained."""
+        assert isinstance(self.backbone, Backbone)
+        return dataclasses.replace(
+            self.backbone, params=self.variables["params"]["backbone"]
+        )
+
     def logits(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B,S,S,C] -> float32 [B,S,S,Y]."""
         return np.asarray(_logits(self.model, self.preprocess, self.variables, images))
@@ -145,7 +152,7 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, **facts) -> None:
         checkpointer.save(fresh / "variables", segmenter.variables)
     record = {
         "format": "ultradino_segmenter",
-        **_architecture(segmenter),
+        **architecture_record(segmenter),
         "classes": list(segmenter.classes),
         **facts,
     }
@@ -154,7 +161,8 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, **facts) -> None:
     fresh.rename(folder)
 
 
-def _architecture(segmenter: Segmenter) -> dict:
+def architecture_record(segmenter: Segmenter) -> dict:
+    """JSON values from which `module_of` makes the module again."""
     backbone, model = segmenter.backbone, segmenter.model
     if isinstance(backbone, Network):
         return {"network": backbone.record()}
@@ -162,7 +170,8 @@ def _architecture(segmenter: Segmenter) -> dict:
     return {"backbone": backbone_record(backbone), "upernet": upernet}
 
 
-def _module_of(record: dict, folder: str) -> tuple[Backbone | Network, Any]:
+def module_of(record: dict, folder: str) -> tuple[Backbone | Network, Any]:
+    """(how input is made, module) of an `architecture_record` with 'classes'."""
     num_classes = len(record["classes"])
     if "network" in record:
         network = Network.from_record(record["network"])
@@ -187,7 +196,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
             f"no {RECORD} in {str(path)!r} or its folder 'segmenter'"
         )
     record = json.loads((folder / RECORD).read_text())
-    backbone, model = _module_of(record, str(folder))
+    backbone, model = module_of(record, str(folder))
     side = backbone.image_size
     images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)
     target = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -119,6 +119,9 @@ def backbone_from_tensors(
 
 def _own(file: WeightFile, source: str) -> Backbone:
     """This project's flat file: parameter paths as names, the record in its header."""
+    kind = file.record["format"].removeprefix("ultradino_")
+    if kind != "backbone":
+        raise ValueError(f"holds a {kind}; interop.save_tasks.load_task reads it")
     params = jax.tree.map(jnp.asarray, nest(file.tensors))
     backbone = record_to_backbone(file.record, params, source)
     side = backbone.model.image_size

@@ -4,6 +4,7 @@ Written by hand rather than traced: the graph is small, standard operators of op
 only, the batch size stays free, and no tracer ties it to a JAX version.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -35,6 +36,7 @@ class Graph:
     def __init__(self):
         self.onnx = import_onnx()
         self.nodes, self.constants = [], {}
+        self.types: dict[str, int] = {}  # of outputs that are not float32
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """A named weight or shape."""
@@ -55,10 +57,12 @@ class Graph:
         x = self.op("MatMul", x, kernel, name=f"{name}.matmul")
         return self.op("Add", x, self.constant(f"{name}.bias", bias), name=name)
 
-    def norm(self, x: str, state: Mapping[str, np.ndarray], *, name: str) -> str:
-        """LayerNorm over the last axis."""
+    def norm(
+        self, x: str, state: Mapping[str, np.ndarray], *, name: str, of: str = ""
+    ) -> str:
+        """LayerNorm over the last axis; `of` names its parameters, `name` if empty."""
         inputs = [
-            self.constant(f"{name}.{k}", state[f"{name}.{k}"])
+            self.constant(f"{of or name}.{k}", state[f"{of or name}.{k}"])
             for k in ("weight", "bias")
         ]
         return self.op(
@@ -76,13 +80,23 @@ class Graph:
         x = self.op("Mul", x, half, name=f"{name}.halved")
         return self.op("Mul", x, y, name=name)
 
+    def cut(self, tokens: str, first: int, *, name: str) -> str:
+        """[B,T,D] -> tokens from `first` on."""
+        bounds = [
+            self.constant(f"cut.{k}{v}", np.array([v], np.int64))
+            for k, v in (("start", first), ("end", 2**31 - 1), ("axis", 1))
+        ]
+        return self.op("Slice", tokens, *bounds, name=name)
+
     def model(self, inputs, outputs, *, doc: str, metadata: Mapping[str, str]):
-        """The finished ModelProto. inputs, outputs: {name: shape}, all float32."""
-        helper = self.onnx.helper
+        """The finished ModelProto. inputs, outputs: {name: shape}, see `types`."""
+        helper, float32 = self.onnx.helper, self.onnx.TensorProto.FLOAT
 
         def values(shapes):
             return [
-                helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, shape)
+                helper.make_tensor_value_info(
+                    name, self.types.get(name, float32), shape
+                )
                 for name, shape in shapes.items()
             ]
 
@@ -192,6 +206,7 @@ def _tokens(graph: Graph, state, image_size: int) -> str:
 def vit_onnx(
     backbone: Backbone,
     extend: Callable[[Graph, dict], Mapping[str, tuple]] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ):
     """Backbone -> onnx.ModelProto for images of its `image_size`, any batch size.
 
@@ -199,8 +214,10 @@ def vit_onnx(
     model's metadata. Outputs 'cls' [batch,D] and 'patch' [batch,N,D], final-normed.
 
     extend: adds a head. It is called with the graph and {'cls', 'patch': names of those
-    outputs, 'blocks': names of the residual stream [batch,T,D] after every block} and
-    returns {output name: shape}, which are then the outputs instead.
+    outputs, 'blocks': names of the residual stream [batch,T,D] after every block,
+    'normed': function of a block's index to the name of its final-normed tokens} and
+    returns {output name: shape}, which are then the outputs instead. metadata: strings
+    to keep beside mean and std.
 
     Raises ImportError without onnx, TypeError for a model that is not a ViT.
     """
@@ -219,15 +236,17 @@ def vit_onnx(
     first = 1 + model.num_registers
     index = graph.constant("cls.index", np.array(0, np.int64))
     cls = graph.op("Gather", x, index, name="cls", axis=1)
-    bounds = [
-        graph.constant(f"patch.{k}", np.array([v], np.int64))
-        for k, v in (("start", first), ("end", 2**31 - 1), ("axis", 1))
-    ]
-    patch = graph.op("Slice", x, *bounds, name="patch")
+    patch = graph.cut(x, first, name="patch")
     d, count = model.embed_dim, (side // model.patch_size) ** 2
     outputs = {"cls": ("batch", d), "patch": ("batch", count, d)}
     if extend is not None:
-        outputs = extend(graph, {"cls": cls, "patch": patch, "blocks": blocks})
+
+        @functools.cache
+        def normed(i: int) -> str:
+            return graph.norm(blocks[i], state, name=f"norm.{i}", of="norm")
+
+        tensors = {"cls": cls, "patch": patch, "blocks": blocks, "normed": normed}
+        outputs = extend(graph, tensors)
     return graph.model(
         {"pixel_values": ("batch", backbone.channels, side, side)},
         outputs,
@@ -236,6 +255,7 @@ def vit_onnx(
             "name": backbone.name,
             "mean": " ".join(map(str, backbone.mean)),
             "std": " ".join(map(str, backbone.std)),
+            **(metadata or {}),
         },
     )
 

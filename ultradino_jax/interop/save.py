@@ -6,7 +6,6 @@ in the safetensors header, or under a key of its own, and a file loads back unch
 """
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -46,30 +45,37 @@ def write(kind: str, backbone: Backbone, folder: Path, heads: dict | None) -> No
         import_onnx().save(vit_onnx(backbone), folder / "model.onnx")
         return
     if kind == "safetensors":
-        record["naming"] = "own"
-        flat = {k: np.asarray(x) for k, x in flat_names(backbone.params).items()}
-        _write_safetensors(folder, flat, record)
-        (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_own(folder, backbone.params, record)
         return
     state = vit_state(backbone.params, patch_size=backbone.model.patch_size)
     if kind == "meta":
         _write_meta(folder, state, heads or {}, record)
     elif kind == "hf":
-        _write_safetensors(folder, naming.to_hf(state), record)
-        _write_json(folder / "config.json", hf_config(backbone))
-        _write_json(folder / "preprocessor_config.json", hf_processor(backbone))
+        write_tensors(folder, naming.to_hf(state), record)
+        write_json(folder / "config.json", hf_config(backbone))
+        write_json(folder / "preprocessor_config.json", hf_processor(backbone))
     else:
         class_position = not backbone.model.num_registers
         state = naming.to_timm(state, class_position=class_position)
-        _write_safetensors(folder, state, record)
-        _write_json(folder / "config.json", timm_config(backbone))
+        write_tensors(folder, state, record)
+        write_json(folder / "config.json", timm_config(backbone))
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_own(folder: Path, tree, record: dict) -> None:
+    """One flat file of a parameter tree, the record in its header and beside it."""
+    record = {**record, "naming": "own"}
+    flat = {k: np.asarray(x) for k, x in flat_names(tree).items()}
+    write_tensors(folder, flat, record)
+    write_json(folder / "record.json", record)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_safetensors(folder: Path, tensors: dict, record: dict) -> None:
+def write_tensors(folder: Path, tensors: dict, record: dict) -> None:
+    """model.safetensors with a record in its header."""
     # transformers refuses a file that does not say which framework it is for.
     metadata = {"format": "pt", RECORD_KEY: json.dumps(record)}
     write_safetensors(folder / "model.safetensors", tensors, metadata)
@@ -174,48 +180,63 @@ def timm_config(backbone: Backbone) -> dict:
     }
 
 
+def onnx_target(folder: Path, outputs: tuple[str, ...]):
+    """(library and version, function) of model.onnx in onnxruntime.
+
+    The function maps normalised images, float32 [B,C,S,S], to {output: array}.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        arrays = session.run(list(outputs), {"pixel_values": images})
+        return dict(zip(outputs, arrays, strict=True))
+
+    return f"onnxruntime {onnxruntime.__version__}", run
+
+
+def hf_model(folder: Path):
+    """(library and versions, model) of a Hugging Face folder."""
+    import torch
+    import transformers
+
+    # The class that the export names, not AutoModel: it has to work with that one.
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder).eval()
+    return f"transformers {transformers.__version__}, torch {torch.__version__}", model
+
+
 def target_model(kind: str, folder: Path):
     """(library and version, function) of an export, loaded in its target library.
 
-    The function maps normalised images, float32 [B,C,S,S], to (CLS [B,D], patches
-    [B,N,D]). Raises ImportError when the library is missing, which leaves the export
+    The function maps normalised images, float32 [B,C,S,S], to {'cls': [B,D], 'patch':
+    [B,N,D]}. Raises ImportError when the library is missing, which leaves the export
     unchecked there.
     """
     if kind == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(
-            folder / "model.onnx", providers=["CPUExecutionProvider"]
-        )
-
-        def run_onnx(images: np.ndarray):
-            return session.run(["cls", "patch"], {"pixel_values": images})
-
-        return f"onnxruntime {onnxruntime.__version__}", run_onnx
+        return onnx_target(folder, ("cls", "patch"))
     import torch
 
     if kind == "hf":
-        import transformers
-
-        # The class that the export names, not AutoModel: it has to work with that one.
-        name = json.loads((folder / "config.json").read_text())["architectures"][0]
-        model = getattr(transformers, name).from_pretrained(folder).eval()
+        library, model = hf_model(folder)
         prefix = 1 + getattr(model.config, "num_register_tokens", 0)
-        library = f"transformers {transformers.__version__}"
     else:
         import timm
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         prefix = model.num_prefix_tokens
-        library = f"timm {timm.__version__}"
+        library = f"timm {timm.__version__}, torch {torch.__version__}"
 
-    def run_torch(images: np.ndarray):
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
             x = torch.from_numpy(images)
             if kind == "hf":
                 tokens = model(pixel_values=x).last_hidden_state.numpy()
             else:
                 tokens = model.forward_features(x).numpy()
-        return tokens[:, 0], tokens[:, prefix:]
+        return {"cls": tokens[:, 0], "patch": tokens[:, prefix:]}
 
-    return f"{library}, torch {version('torch')}", run_torch
+    return library, run

@@ -1,0 +1,144 @@
+"""A trained classifier with everything needed to feed it, and its folder."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultradino_jax.checkpoint import Backbone, load_backbone, save_backbone
+from ultradino_jax.evaluators.features import Preprocess, probe_tokens
+from ultradino_jax.evaluators.load import load_any_backbone
+
+RECORD = "classifier.json"
+FOLDER = "classifier"
+NORM_EPS = 1e-6  # of the batch norm between a fine-tuned backbone and its head
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layers", "patch"))
+def _logits(model, params, kernel, bias, images, layers, patch):
+    cls, mean_patch = probe_tokens(model, params, images, layers)
+    x = cls.reshape(len(images), -1)
+    x = jnp.concatenate([x, mean_patch], axis=1) if patch else x
+    return jnp.matmul(x, kernel, precision="highest") + bias
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A backbone and a linear layer on its final-normed tokens.
+
+    head: 'kernel' [F,Y] and 'bias' [Y] of the layer and, of a fine-tuned model, 'mean'
+    and 'var' [F] of the batch norm without gain in front of it. layers: class tokens of
+    how many last blocks it sees, oldest first; patch: whether the mean patch token
+    follows them. classes: Y names. antialias: as in `Preprocess`.
+    """
+
+    backbone: Backbone
+    head: dict[str, np.ndarray]
+    layers: int
+    patch: bool
+    classes: tuple[str, ...]
+    antialias: bool = False
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What it was trained and tested with."""
+        return Preprocess.of(self.backbone, antialias=self.antialias)
+
+    @property
+    def linear(self) -> tuple[np.ndarray, np.ndarray]:
+        """(kernel [F,Y], bias [Y]), the batch norm folded in: W/s and b - mean W/s."""
+        kernel, bias = (np.asarray(self.head[k]) for k in ("kernel", "bias"))
+        if "mean" not in self.head:
+            return kernel, bias
+        scale = np.sqrt(np.asarray(self.head["var"], np.float64) + NORM_EPS)
+        folded = kernel / scale[:, None]
+        shifted = bias - np.asarray(self.head["mean"], np.float64) @ folded
+        return folded.astype(np.float32), shifted.astype(np.float32)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Normalised float32 [B,S,S,C] -> [B,Y]."""
+        model = self.backbone.model.clone(dtype=jnp.float32)
+        params = self.backbone.params
+        args = (model, params, *self.linear, jnp.asarray(images))
+        return np.asarray(_logits(*args, layers=self.layers, patch=self.patch))
+
+
+def save_classifier(
+    folder: str | Path,
+    classifier: Classifier,
+    *,
+    checkpoint: str | Path | None = None,
+    **facts,
+) -> None:
+    """Write head.npz, classifier.json and, without `checkpoint`, the backbone.
+
+    checkpoint: where a frozen backbone was read from; it is named, not copied, and read
+    again from there. facts: JSON values kept in the record. The folder appears once it
+    is complete.
+    """
+    folder, backbone = Path(folder).absolute(), classifier.backbone
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    if checkpoint is None:
+        save_backbone(fresh / "backbone", backbone)
+    np.savez(fresh / "head.npz", **classifier.head)
+    record = {
+        "format": "ultradino_classifier",
+        "classes": list(classifier.classes),
+        "layers": classifier.layers,
+        "patch": classifier.patch,
+        "antialias": classifier.antialias,
+        "backbone": {
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "digest": backbone.digest,
+            "image_size": backbone.image_size,
+            "channels": backbone.channels,
+        },
+        **facts,
+    }
+    (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
+    """(classifier, its record) from its folder, or the run's folder above it.
+
+    Raises FileNotFoundError when there is none or its backbone is gone, and ValueError
+    when the backbone is no longer the one it was trained on.
+    """
+    path = Path(path).absolute()
+    for folder in (path, path / FOLDER):
+        if (folder / RECORD).is_file():
+            break
+    else:
+        raise FileNotFoundError(f"no {RECORD} in {str(path)!r} or its folder {FOLDER}")
+    record = json.loads((folder / RECORD).read_text())
+    wanted = record["backbone"]
+    if wanted["checkpoint"] is None:
+        backbone = load_backbone(folder / "backbone")
+    elif not Path(wanted["checkpoint"]).exists():
+        raise FileNotFoundError(
+            f"the backbone of {str(folder)!r} is no longer at "
+            f"{wanted['checkpoint']!r}: correct the path in {RECORD}"
+        )
+    else:
+        sizes = {k: wanted[k] for k in ("image_size", "channels")}
+        backbone = load_any_backbone(wanted["checkpoint"], **sizes)
+    if backbone.digest != wanted["digest"]:
+        raise ValueError(
+            f"{str(folder)!r} was trained on a backbone of digest "
+            f"{wanted['digest'][:12]}; {wanted['checkpoint']!r} now holds "
+            f"{backbone.digest[:12]}"
+        )
+    with np.load(folder / "head.npz") as arrays:
+        head = dict(arrays)
+    options = {k: record[k] for k in ("layers", "patch", "antialias")}
+    classes = tuple(record["classes"])
+    return Classifier(backbone, head, classes=classes, **options), record
