@@ -1,5 +1,6 @@
 """Segmentation sets on phantom data in the layout of the real downloads."""
 
+import csv
 import shutil
 import zipfile
 from pathlib import Path
@@ -164,6 +165,31 @@ def test_jnu_ifm_keeps_frames_with_both_structures(place, capsys):
     assert patient_of("other") == "other"
     days = load_jnu_ifm(place / "tfds_jnu", group_by="day")
     assert {p[:8] for p in data.patients} == set(days.patients)
+
+
+@pytest.mark.parametrize("table", ["framelabel.csv", "above"])
+def test_jnu_ifm_in_one_flat_folder_is_the_same_data(place, tmp_path, table):
+    """A re-upload: image/, mask/ and one table with a column video_name."""
+    root = place / "jnu" / "JNU-IFM" / "us_data"
+    flat = tmp_path / "download" / "JNU-IFM"
+    for kind in ("image", "mask"):
+        (flat / kind).mkdir(parents=True)
+        for path in root.glob(f"*/{kind}/*.png"):
+            shutil.copy(path, flat / kind / path.name)
+    lines = ["video_name,frame_id,frame_label"]
+    for path in sorted(root.glob("*/frame_label.csv")):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                cells = path.parent.name, row["frame_id"], row["frame_label"]
+                lines.append(",".join(cells))
+    where = flat.parent if table == "above" else flat
+    (where / "framelabel.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    ours = load_jnu_ifm(tmp_path / "tfds", manual_dir=tmp_path / "download")
+    known = load_jnu_ifm(place / "tfds_jnu", manual_dir=place / "jnu")
+    assert len(known) > 3
+    np.testing.assert_array_equal(ours.ids, known.ids)
+    np.testing.assert_array_equal(ours.patients, known.patients)
+    np.testing.assert_array_equal(ours.mask(3), known.mask(3))
 
 
 def test_psfhs_reads_raw_and_packed_files(place):

@@ -5,18 +5,17 @@ test for what was trained on FETAL_PLANES_DB.
 """
 
 import os
-from pathlib import PurePosixPath
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from ultradino_jax.data.datasets.archive import (
-    find_table,
-    match_images,
-    read_table,
-)
 from ultradino_jax.data.datasets.labelled import LabelledImages, check_patients
-from ultradino_jax.data.datasets.records import load_records, planes_features
+from ultradino_jax.data.datasets.records import (
+    load_records,
+    manual_or_download,
+    planes_info,
+    planes_table,
+)
 
 URL = "https://zenodo.org/records/7540448/files/Zenodo_dataset.tar.xz"
 TABLE = "African_planes_database.csv"
@@ -35,52 +34,27 @@ class AfricanPlanes(tfds.core.GeneratorBasedBuilder):
     )
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=planes_features(CLASSES, ("center",)),
-            supervised_keys=("image", "label"),
-            homepage="https://zenodo.org/records/7540448",
-        )
+        homepage = "https://zenodo.org/records/7540448"
+        return planes_info(self, __doc__, homepage, CLASSES, ("center",))
 
     def _split_generators(self, dl_manager):
-        try:
-            source = dl_manager.manual_dir
-        except AssertionError:  # there is none, or it is empty
-            source = dl_manager.download(URL)
-        files, table = find_table(source, TABLE)
-        columns = ["Filename", "Center", "Patient_num", "Plane", "Train"]
-        rows = read_table(files.read(table), columns, table)
-        for row in rows:
-            if row["Plane"] not in CLASSES:
-                raise ValueError(
-                    f"{table}: image {row['Filename']!r} has the unknown class "
-                    f"{row['Plane']!r}; known are {', '.join(map(repr, CLASSES))}"
-                )
-            if row["Train"] not in ("0", "1"):
-                raise ValueError(
-                    f"{table}: Train of image {row['Filename']!r} is "
-                    f"{row['Train']!r}, not 0 or 1"
-                )
-        folder = str(PurePosixPath(table).parent)
-        names = [row["Filename"].removesuffix(".png") for row in rows]
-        paths = match_images(files, folder, names, table)
-
+        source = manual_or_download(dl_manager, URL)
+        columns = ["Center", "Patient_num"]
+        files, rows = planes_table(source, TABLE, "Filename", columns, CLASSES)
         return {
-            "train": self._generate_examples(files, paths, rows, "1"),
-            "test": self._generate_examples(files, paths, rows, "0"),
+            split: self._generate_examples(files, rows, flag)
+            for split, flag in (("train", "1"), ("test", "0"))
         }
 
-    def _generate_examples(self, files, paths, rows, flag):
+    def _generate_examples(self, files, rows, flag):
         for row in rows:
             if row["Train"] == flag:
-                name = row["Filename"].removesuffix(".png")
                 yield (
-                    name,
+                    row["id"],
                     {
-                        "image": files.read(paths[name]),
+                        "image": files.read(row["file"]),
                         "label": row["Plane"],
-                        "id": name,
+                        "id": row["id"],
                         # Numbers start again in each country.
                         "patient": f"{row['Center']}/{row['Patient_num']}",
                         "center": row["Center"],

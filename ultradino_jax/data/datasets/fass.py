@@ -19,7 +19,11 @@ from ultradino_jax.data.datasets.masks import (
     paint,
     stems_in,
 )
-from ultradino_jax.data.datasets.records import load_segmented_records, masked_features
+from ultradino_jax.data.datasets.records import (
+    load_segmented_records,
+    manual_or_download,
+    masked_info,
+)
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.data.restricted_pickle import load_npy_pickle
 
@@ -51,18 +55,12 @@ class Fass(tfds.core.GeneratorBasedBuilder):
     )
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=masked_features(),
-            homepage="https://data.mendeley.com/datasets/4gcpm9dsc3",
+        return masked_info(
+            self, __doc__, "https://data.mendeley.com/datasets/4gcpm9dsc3"
         )
 
     def _split_generators(self, dl_manager):
-        try:
-            source = dl_manager.manual_dir
-        except AssertionError:  # there is none, or it is empty
-            source = dl_manager.download(URL)
+        source = manual_or_download(dl_manager, URL)
         files, folder = find_folder(source, "IMAGES")
         images = stems_in(files, folder, (".png",))
         arrays = PurePosixPath(folder).parent / "ARRAY_FORMAT"

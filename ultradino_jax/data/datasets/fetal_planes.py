@@ -7,24 +7,25 @@ for validation, which ones it does not say.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ultradino_jax.data.datasets.archive import (
-    find_table,
-    match_images,
-    read_table,
-)
+from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.labelled import (
     SPLITS,
     LabelledImages,
     check_patients,
     complete_splits,
 )
-from ultradino_jax.data.datasets.records import load_records, planes_features
+from ultradino_jax.data.datasets.records import (
+    load_records,
+    manual_or_download,
+    planes_info,
+    planes_table,
+)
 
 URL = "https://zenodo.org/records/3904280/files/FETAL_PLANES_ZENODO.zip"
 TABLE = "FETAL_PLANES_DB_data.csv"
@@ -56,55 +57,27 @@ class FetalPlanes(tfds.core.GeneratorBasedBuilder):
     )
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=planes_features(CLASSES, tuple(COLUMNS)),
-            supervised_keys=("image", "label"),
-            homepage="https://zenodo.org/records/3904280",
-        )
+        homepage = "https://zenodo.org/records/3904280"
+        return planes_info(self, __doc__, homepage, CLASSES, tuple(COLUMNS))
 
     def _split_generators(self, dl_manager):
-        try:
-            source = dl_manager.manual_dir
-        except AssertionError:  # there is none, or it is empty
-            source = dl_manager.download(URL)
-        files, table = find_table(source, TABLE)
-        rows = read_table(
-            files.read(table),
-            ["Image_name", "Patient_num", "Plane", "Train", *COLUMNS.values()],
-            table,
-        )
-        for row in rows:
-            if row["Plane"] not in CLASSES:
-                raise ValueError(
-                    f"{table}: image {row['Image_name']!r} has the unknown class "
-                    f"{row['Plane']!r}; known are {', '.join(map(repr, CLASSES))}"
-                )
-            if row["Train"] not in ("0", "1"):
-                raise ValueError(
-                    f"{table}: Train of image {row['Image_name']!r} is "
-                    f"{row['Train']!r}, not 0 or 1"
-                )
-        folder = str(PurePosixPath(table).parent)
-        names = [row["Image_name"].removesuffix(".png") for row in rows]
-        paths = match_images(files, folder, names, table)
-
+        source = manual_or_download(dl_manager, URL)
+        columns = ["Patient_num", *COLUMNS.values()]
+        files, rows = planes_table(source, TABLE, "Image_name", columns, CLASSES)
         return {
-            "train": self._generate_examples(files, paths, rows, "1"),
-            "test": self._generate_examples(files, paths, rows, "0"),
+            split: self._generate_examples(files, rows, flag)
+            for split, flag in (("train", "1"), ("test", "0"))
         }
 
-    def _generate_examples(self, files, paths, rows, flag):
+    def _generate_examples(self, files, rows, flag):
         for row in rows:
             if row["Train"] == flag:
-                name = row["Image_name"].removesuffix(".png")
                 yield (
-                    name,
+                    row["id"],
                     {
-                        "image": files.read(paths[name]),
+                        "image": files.read(row["file"]),
                         "label": row["Plane"],
-                        "id": name,
+                        "id": row["id"],
                         "patient": row["Patient_num"],
                         **{k: row[v] for k, v in COLUMNS.items()},
                     },

@@ -2,9 +2,11 @@
 
 78 videos of 51 women, 6,224 labelled frames; 3,743 show both pubic symphysis and fetal
 head, and only those are used, as in the paper. No table says which videos are of one
-woman, so videos are grouped by the time stamp their names begin with.
+woman, so videos are grouped by the time stamp their names begin with. Read are the
+published folders, one per video, and the re-uploads in one flat folder.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -22,14 +24,19 @@ from ultradino_jax.data.datasets.masks import (
     find_folder,
     remap,
 )
-from ultradino_jax.data.datasets.records import load_segmented_records, masked_features
+from ultradino_jax.data.datasets.records import (
+    load_segmented_records,
+    manual_or_download,
+    masked_info,
+)
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 
 URL = "https://figshare.com/ndownloader/articles/14371652/versions/2"
 CLASSES = ("background", "pubic symphysis", "fetal head")
 VALUES = {0: 0, 7: 1, 8: 2}
 BOTH = "6"  # frame_label: 3 none, 4 only symphysis, 5 only head, 6 both
-TABLE = "frame_label.csv"
+# One in each video's folder; the second is a flat folder's, with a column video_name.
+TABLES = ("frame_label.csv", "framelabel.csv")
 
 
 class JnuIfm(tfds.core.GeneratorBasedBuilder):
@@ -45,18 +52,12 @@ class JnuIfm(tfds.core.GeneratorBasedBuilder):
     )
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=masked_features(),
-            homepage="https://doi.org/10.6084/m9.figshare.14371652",
+        return masked_info(
+            self, __doc__, "https://doi.org/10.6084/m9.figshare.14371652"
         )
 
     def _split_generators(self, dl_manager):
-        try:
-            source = dl_manager.manual_dir
-        except AssertionError:  # there is none, or it is empty
-            source = dl_manager.download(URL)
+        source = manual_or_download(dl_manager, URL)
         files, _ = find_folder(source, "image")
         return {"train": self._generate_examples(files)}
 
@@ -67,7 +68,7 @@ class JnuIfm(tfds.core.GeneratorBasedBuilder):
             if frame.mask is None:
                 left_out["without a mask"] += 1
             elif frame.label is None:
-                left_out[f"without a row in {TABLE}"] += 1
+                left_out[f"without a row in {TABLES[0]}"] += 1
             else:
                 stored = decode_index(files.read(frame.mask), frame.mask)
                 mask = remap(stored, VALUES, frame.mask)
@@ -105,28 +106,35 @@ def frames(files):
     pair the wrong ones.
     """
     known = set(files.names)
-    labels: dict[str, dict[str, str]] = {}
+    tables: dict[PurePosixPath, dict[str, tuple[str, str]]] = {}
     for image in files.names:
         path = PurePosixPath(image)
         if path.parent.name != "image" or path.suffix.lower() != ".png":
             continue
         folder = path.parents[1]
+        if folder not in tables:
+            tables[folder] = _labels(files, known, folder)
         mask = str(folder / "mask" / f"{path.stem}_mask.png")
-        table = str(folder / TABLE)
-        if table not in labels:
-            rows = []
-            if table in known:
-                columns = ["frame_id", "frame_label"]
-                rows = read_table(files.read(table), columns, table)
-            labels[table] = {row["frame_id"]: row["frame_label"] for row in rows}
-        number = path.stem.removeprefix(f"{folder.name}_")
-        yield Frame(
-            folder.name,
-            path.stem,
-            image,
-            mask if mask in known else None,
-            labels[table].get(number),
-        )
+        stem = path.stem
+        if stem not in tables[folder]:  # files may be called by their number alone
+            stem = f"{folder.name}_{stem}"
+        video, label = tables[folder].get(stem, (folder.name, None))
+        yield Frame(video, path.stem, image, mask if mask in known else None, label)
+
+
+def _labels(files, known, folder: PurePosixPath) -> dict[str, tuple[str, str]]:
+    """{VIDEO_FRAME: (video, label)} of the table in a folder or above; {} without."""
+    for place, name in itertools.product((folder, folder.parent), TABLES):
+        table = str(place / name)
+        if table not in known:
+            continue
+        found = {}
+        for row in read_table(files.read(table), ["frame_id", "frame_label"], table):
+            video, frame = row.get("video_name", folder.name), row["frame_id"]
+            stem = frame if frame.startswith(f"{video}_") else f"{video}_{frame}"
+            found[stem] = video, row["frame_label"]
+        return found
+    return {}
 
 
 def patient_of(video: str) -> str:

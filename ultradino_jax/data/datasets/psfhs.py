@@ -20,7 +20,11 @@ from ultradino_jax.data.datasets.masks import (
     remap,
     stems_in,
 )
-from ultradino_jax.data.datasets.records import load_segmented_records, masked_features
+from ultradino_jax.data.datasets.records import (
+    load_segmented_records,
+    manual_or_download,
+    masked_info,
+)
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 
 URL = "https://zenodo.org/records/10969427/files/PSFHS.zip"
@@ -40,18 +44,10 @@ class Psfhs(tfds.core.GeneratorBasedBuilder):
     )
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=masked_features(),
-            homepage="https://zenodo.org/records/10969427",
-        )
+        return masked_info(self, __doc__, "https://zenodo.org/records/10969427")
 
     def _split_generators(self, dl_manager):
-        try:
-            source = dl_manager.manual_dir
-        except AssertionError:  # there is none, or it is empty
-            source = dl_manager.download(URL)
+        source = manual_or_download(dl_manager, URL)
         files, folder = find_folder(source, "image_mha")
         images = stems_in(files, folder, (".mha",))
         labels = str(PurePosixPath(folder).parent / "label_mha")

@@ -2,12 +2,18 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ultradino_jax.data.datasets.archive import decode_grey
+from ultradino_jax.data.datasets.archive import (
+    Files,
+    decode_grey,
+    find_table,
+    match_images,
+    read_table,
+)
 from ultradino_jax.data.datasets.labelled import LabelledImages, labelled_images
 from ultradino_jax.data.datasets.segmented import SegmentedImages, segmented_images
 
@@ -29,13 +35,64 @@ def planes_features(classes: Sequence[str], groups: Sequence[str]):
     )
 
 
-def masked_features():
-    """Features of a segmentation set: image and index mask as PNG bytes, and texts."""
+def planes_info(builder, description: str, homepage: str, classes, groups):
+    """Info of a builder of labelled planes; arguments as of `planes_features`."""
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=planes_features(classes, groups),
+        supervised_keys=("image", "label"),
+        homepage=homepage,
+    )
+
+
+def masked_info(builder, description: str, homepage: str):
+    """Info of a segmentation builder: image and index mask as PNG bytes, and texts."""
     png = tfds.features.Image(
         shape=(None, None, 1), dtype=np.uint8, encoding_format="png"
     )
     texts = {name: tfds.features.Text() for name in ("id", "patient")}
-    return tfds.features.FeaturesDict({"image": png, "mask": png, **texts})
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=tfds.features.FeaturesDict({"image": png, "mask": png, **texts}),
+        homepage=homepage,
+    )
+
+
+def manual_or_download(dl_manager, url: str):
+    """The user's own folder or, where there is none, what is fetched from `url`."""
+    try:
+        return dl_manager.manual_dir
+    except AssertionError:  # there is none, or it is empty
+        return dl_manager.download(url)
+
+
+def planes_table(
+    source, table: str, name: str, columns: Sequence[str], classes: Sequence[str]
+) -> tuple[Files, list[dict[str, str]]]:
+    """(files, rows) of a csv of planes with columns Plane, Train and `columns`.
+
+    name: the column of image names; each row gets 'id', that without '.png', and
+    'file', the PNG below the table's folder. Raises ValueError for an unknown class, a
+    Train that is not 0 or 1, and an image that is missing or there twice.
+    """
+    files, table = find_table(source, table)
+    rows = read_table(files.read(table), [name, "Plane", "Train", *columns], table)
+    for row in rows:
+        if row["Plane"] not in classes:
+            raise ValueError(
+                f"{table}: image {row[name]!r} has the unknown class "
+                f"{row['Plane']!r}; known are {', '.join(map(repr, classes))}"
+            )
+        if row["Train"] not in ("0", "1"):
+            raise ValueError(
+                f"{table}: Train of image {row[name]!r} is {row['Train']!r}, not 0 or 1"
+            )
+        row["id"] = row[name].removesuffix(".png")
+    folder = str(PurePosixPath(table).parent)
+    paths = match_images(files, folder, [row["id"] for row in rows], table)
+    return files, [{**row, "file": paths[row["id"]]} for row in rows]
 
 
 class RecordImages:
