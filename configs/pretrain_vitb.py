@@ -107,6 +107,11 @@ def get_config() -> ConfigDict:
     c.data.workers = 8  # [J] processes; 0 reads in threads of this one
     c.data.threads = 4  # [J] batches under construction at once, per worker
     c.data.prefetch = 2  # [J] finished batches held, per worker
+    # 'host' renders crops as the reference does; 'device' sends one picture per image,
+    # shrunk to at most canvas x canvas pixels, and renders in the step: see
+    # docs/performance.md.
+    c.data.render = "host"  # [U]
+    c.data.canvas = 384  # [J] read only with 'device'
     c.data.max_bad_fraction = 0.01  # [J] of the images may be unreadable
 
     c.mesh = ConfigDict()

@@ -25,6 +25,7 @@ def pipeline(config: ConfigDict, plan: Plan, start_step: int, num_steps: int):
             batch_size=config.batch_size,
             groups=plan.groups,
             patch_size=plan.modules.backbone.patch_size,
+            canvas=config.data.canvas if config.data.render == "device" else None,
             mask_probability=config.masking.probability,
             mask_ratio=tuple(config.masking.ratio),
             mask_style=config.masking.style,
@@ -71,7 +72,6 @@ class Feed:
         self.meter, self.say = meter, say
         self.bad: BadRecords = bad
         self.restarts = 0
-        self.stream = None
         self._open(start)
 
     def _open(self, step):
@@ -123,6 +123,4 @@ class Feed:
 
     def close(self) -> None:
         """Stop the workers."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        self.stream.close()

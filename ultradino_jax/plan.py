@@ -1,6 +1,7 @@
 """From a ConfigDict to the objects a run is made of. Nothing below takes the config."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,11 @@ PEAK_FLOPS = {
 class Plan:
     """All that train.py needs besides a mesh and a workdir."""
 
-    source: object
+    source: Any
     crops: CropConfig
     modules: Modules
     objective: Objective
-    optimizer: object
+    optimizer: Any
     schedules: dict[str, Schedule]
     groups: int
     steps_per_epoch: int
@@ -234,6 +235,8 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
         raise ValueError(f"data.list_file={data.list_file!r} needs data.root")
     else:
         source = phantom_source(config)
+    if data.render not in ("host", "device"):
+        raise ValueError(f"data.render {data.render!r} is none of host, device")
     crops = make_crops(config)
     start = load_start(config)
     modules = make_modules(config, start)

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from ultradino_jax.checkpoint import Backbone, Retention, RunCheckpoints, save_backbone
+from ultradino_jax.crops import rendered
 from ultradino_jax.doctor import Doctor
 from ultradino_jax.feed import Feed
 from ultradino_jax.monitor import (
@@ -71,7 +72,7 @@ def teacher_of(config, plan, state, mesh) -> tuple[Backbone, dict, jax.Array]:
     return backbone, gather(state.teacher["dino_head"]), gather(state.centers["dino"])
 
 
-def restore_or_init(config, plan, mesh, checkpoints, say):
+def restore_or_init(config, plan, mesh, checkpoints, stream, say):
     """(state, step): the newest usable checkpoint, or a fresh sharded state."""
     key = jax.random.key(config.seed)
 
@@ -91,7 +92,6 @@ def restore_or_init(config, plan, mesh, checkpoints, say):
     if restored is None:
         return jax.jit(init, out_shardings=shardings)(weights), 0
     state, meta = restored
-    stream = {"records": len(plan.source), "digest": plan.source.digest()}
     if meta["stream"] != stream:
         raise RunStopped(
             f"the images are not those this run started with ({meta['stream']} there, "
@@ -131,9 +131,10 @@ def train(
         keep = Retention(config.keep_checkpoints, config.keep_every, config.keep_best)
         checkpoints = RunCheckpoints(workdir / "checkpoints", keep=keep)
         stack.push(closing(checkpoints))
-        run = Session(config, plan, mesh, workdir, checkpoints, progress, say)
+        stream = {"records": len(plan.source), "digest": plan.source.digest()}
+        run = Session(config, plan, mesh, workdir, checkpoints, progress, say, stream)
         describe(config, plan, mesh, say)
-        state, start = restore_or_init(config, plan, mesh, checkpoints, say)
+        state, start = restore_or_init(config, plan, mesh, checkpoints, stream, say)
         if start >= plan.total_steps:
             say(f"already trained for all {start} steps")
             return workdir
@@ -169,9 +170,10 @@ class Session:
     checkpoints: RunCheckpoints
     progress: Progress
     say: Callable[[str], None]
+    stream: dict  # what identifies the images
 
     @contextlib.contextmanager
-    def writing(self, what: str):
+    def doing(self, what: str):
         """Turn whatever a full or broken disk makes a library raise into one line."""
         try:
             yield
@@ -181,21 +183,19 @@ class Session:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             good = self.checkpoints.newest()
             raise RunStopped(
-                f"{what} could not be written ({lines[0][:200]}); last good "
+                f"{what} failed ({lines[0][:200]}); last good "
                 f"checkpoint: {f'step {good}' if good else 'none yet'}"
             ) from error
 
     def save(self, step: int, state) -> None:
         """Start writing the checkpoint after `step` steps."""
-        source = self.plan.source
-        stream = {"records": len(source), "digest": source.digest()}
-        meta = {"step": step, "groups": self.plan.groups, "stream": stream}
-        with self.writing(f"a checkpoint up to step {step}"):
+        meta = {"step": step, "groups": self.plan.groups, "stream": self.stream}
+        with self.doing(f"writing the checkpoint of step {step} or the one before"):
             self.checkpoints.save(step, state, meta)
 
     def wait(self, step: int) -> None:
         """Until that checkpoint is on disk."""
-        with self.writing(f"the checkpoint of step {step}"):
+        with self.doing(f"writing the checkpoint of step {step}"):
             self.checkpoints.wait()
 
 
@@ -222,8 +222,12 @@ def compiled_step(config: ConfigDict, plan: Plan, mesh, state):
     )
     if config.nan.policy == "skip":
         step = skip_not_finite(step)
+
+    def train_step(state, batch):
+        return step(state, rendered(batch, plan.crops))
+
     return jax.jit(
-        step,
+        train_step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
     )
@@ -255,7 +259,7 @@ def _loop(
         values |= {k: float(s(step)) for k, s in plan.schedules.items()}
         timing = {**meter.read(), **doctor.seconds()}
         if writer:
-            with run.writing("the metrics"):
+            with run.doing("writing the metrics"):
                 writer.write(step, values, timing)
             run.progress.update(step, values, timing)
             doctor.look("metrics", {"step": step, **values})
@@ -267,9 +271,8 @@ def _loop(
     except Interrupted:
         raise RunPaused(f"{signals.received}: nothing new to save") from None
     if writer and start == 0:
-        doctor.picture(
-            "crops", 0, crops_panel(arrays, plan.modules.backbone.patch_size)
-        )
+        shown = rendered(arrays, plan.crops)
+        doctor.picture("crops", 0, crops_panel(shown, plan.modules.backbone.patch_size))
     pending = None
     for step in range(start, total):
         state, metrics = train_step(state, batch)
@@ -294,12 +297,12 @@ def _loop(
         if not stop or done == total:
             teacher, *head = teacher_of(config, plan, state, mesh)
             if checkup:  # before saving: a resumed run must not miss it
-                with run.writing("the health of the run"):
+                with run.doing("measuring the health of the run"):
                     doctor.examine(done, teacher, *head)
         if save:
             run.save(done, state)
         if save and teacher:
-            with run.writing("the backbone"):
+            with run.doing("writing the backbone"):
                 save_backbone(workdir / "backbone", teacher, step=done)
             if at_checkpoint:
                 at_checkpoint(teacher, plan.start, done)

@@ -18,6 +18,9 @@ local crops, N patches of a global crop, M = mask_buffer_length(G b, N):
   mask_weights float32 [W, M], 1 / (masked patches of that crop), padded with 0;
   index int64 [W, b], the source records the images are from;
   bad int64 [W, b, MAX_BAD], the records that were unreadable there, padded with -1.
+Where the crops are rendered on the device, their place is taken by what that needs:
+  canvas uint8 [W, b, Q, Q, C], see `canvas`; boxes float32 [W, b, G + L, 4] and the
+  other fields of CropDecisions, each [W, b, G + L, ..].
 """
 
 import random
@@ -26,11 +29,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from .canvas import place_on_canvas
 from .crops import NUM_GLOBAL, CropConfig, render_crops, sample_crops
 from .masking import sample_masks
 from .sources import BadImage
 
 MAX_BAD = 4
+CROPS = ("global_crops", "local_crops")
 
 
 def build_pipeline(
@@ -40,6 +45,7 @@ def build_pipeline(
     batch_size: int,
     groups: int,
     patch_size: int,
+    canvas: int | None = None,
     mask_probability: float = 0.5,
     mask_ratio: tuple[float, float] = (0.1, 0.5),
     mask_style: str = "block",
@@ -63,6 +69,7 @@ def build_pipeline(
       batch_size: B, images per step over all processes.
       groups: W over all processes.
       patch_size: P of the backbone.
+      canvas: Q, to leave the rendering to the device; None renders here.
       mask_probability: fraction of the global crops of a group that are masked.
       mask_ratio: lowest and highest fraction of masked patches in such a crop.
       mask_style: "block" or "random".
@@ -89,6 +96,11 @@ def build_pipeline(
     _check_division("global crop size", crops.global_size, "patch_size", patch_size)
     if crops.num_local:
         _check_division("local crop size", crops.local_size, "patch_size", patch_size)
+    if canvas is not None and canvas < crops.global_size:
+        raise ValueError(
+            f"a canvas of {canvas} pixels is smaller than a global crop of "
+            f"{crops.global_size}"
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} of {process_count} processes")
     _check_not_negative(
@@ -108,6 +120,7 @@ def build_pipeline(
         group_size=batch_size // groups,
         groups=range(first_group, first_group + local_groups),
         grid=(crops.global_size // patch_size,) * 2,
+        canvas=canvas,
         masking={
             "probability": mask_probability,
             "ratio": tuple(mask_ratio),
@@ -146,6 +159,7 @@ class _BatchLoader:
         group_size: int,
         groups: range,
         grid: tuple[int, int],
+        canvas: int | None,
         masking: dict,
         seed: int,
     ):
@@ -155,6 +169,7 @@ class _BatchLoader:
         self.group_size = group_size
         self.groups = groups
         self.grid = grid
+        self.canvas = canvas
         self.masking = masking
         self.seed = seed
         # Grain adds the pass number to the seed of a shuffle; hashing keeps pass 1 of
@@ -174,14 +189,20 @@ class _BatchLoader:
                 image, index, bad = self._read(position)
                 rng = np.random.default_rng([self.seed, position])
                 decisions = sample_crops(rng, *image.shape[:2], self.crops)
-                views = render_crops(image, decisions, self.crops)
-                for name, crop in zip(
-                    ("global_crops", "local_crops"), views, strict=True
-                ):
+                if self.canvas:
+                    parts = place_on_canvas(image, decisions, self.canvas)
+                    where = (w, j)
+                else:
+                    views = render_crops(image, decisions, self.crops)
+                    parts = dict(zip(CROPS, views, strict=True))
+                    where = (w, slice(None), j)
+                for name, part in parts.items():
                     if name not in batch:  # C is known once an image is read
-                        shape = (W, crop.shape[0], b, *crop.shape[1:])
-                        batch[name] = np.empty(shape, np.uint8)
-                    batch[name][w, :, j] = crop
+                        shape = (W, b, *part.shape)
+                        if name in CROPS:
+                            shape = (W, part.shape[0], b, *part.shape[1:])
+                        batch[name] = np.empty(shape, part.dtype)
+                    batch[name][where] = part
                 batch["index"][w, j] = index
                 batch["bad"][w, j, : len(bad)] = bad
         return batch | self.masks(step)
