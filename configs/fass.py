@@ -40,7 +40,9 @@ def get_config(subset: str = "full") -> ConfigDict:
     # Size the checkpoint must have, '' for any; without one, the size built.
     c.model.arch = ""
     c.model.patch_size = 16  # [P] without a checkpoint only
-    c.model.image_size = 224  # [U]; images are stretched to the square
+    c.model.image_size = 224  # [U]
+    # 'stretch' [U] images to the square, or keep their aspect in a 'letterbox'.
+    c.model.resize = "stretch"
     c.model.channels = 0  # 0 is what the checkpoint carries
     c.model.registers = "drop"  # [U] has none; 'keep' trains them on
     c.model.norm = "none"  # [U]; 'batch' puts a batch norm behind every convolution

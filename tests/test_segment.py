@@ -1,5 +1,6 @@
 """Masks for users: any image size, two modes, restart."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ultradino_jax.checkpoint import Backbone
 from ultradino_jax.evaluators.segmenter import (
     Segmenter,
     initial_variables,
+    load_segmenter,
     save_segmenter,
 )
 from ultradino_jax.models.upernet import UperNet
@@ -40,6 +42,22 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segmenter") / "segmenter"
     save_segmenter(folder, segmenter, identity={}, history=[])
     return folder, segmenter
+
+
+def test_a_letterboxed_segmenter_is_given_and_asked_in_its_letterbox(trained, tmp_path):
+    folder, segmenter = trained
+    boxed = dataclasses.replace(segmenter, letterbox=True)
+    save_segmenter(tmp_path / "segmenter", boxed)
+    again, _ = load_segmenter(tmp_path)
+    assert again.letterbox and not load_segmenter(folder)[0].letterbox
+    image = np.random.default_rng(0).integers(0, 256, (16, 32, 1), np.uint8)
+    scores = class_scores(again, image)
+    square = np.zeros((32, 32, 1), np.uint8)
+    square[8:24] = image
+    np.testing.assert_allclose(
+        scores, segmenter.logits(square[None])[0, 8:24], atol=1e-5
+    )
+    assert np.abs(scores - class_scores(segmenter, image)).max() > 1e-3
 
 
 @pytest.fixture

@@ -31,10 +31,11 @@ def class_scores(
 ) -> np.ndarray:
     """uint8 [H,W,C] of any size -> logits float32 [H,W,Y].
 
-    'resize': the image is stretched to the network's square, as in training, and the
-    logits back, bilinearly. 'window': squares of the network's side at half a side's
-    stride see the image at its own scale; logits are averaged where they overlap and a
-    smaller image is padded with black. Raises ValueError for another mode.
+    'resize': the image is brought to the network's square as in training (stretched, or
+    in a letterbox) and the logits back, bilinearly. 'window': squares of the network's
+    side at half a side's stride see the image at its own scale; logits are averaged
+    where they overlap and a smaller image is padded with black. Raises ValueError for
+    another mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -42,7 +43,8 @@ def class_scores(
     side = segmenter.preprocess.image_size
     if mode == "resize":
         square = segmenter.preprocess.resize(image)
-        logits = segmenter.logits(square[None])[0]
+        y, x, h, w = segmenter.preprocess.box(image.shape)
+        logits = segmenter.logits(square[None])[0, y : y + h, x : x + w]
         return cv2.resize(logits, (width, height), interpolation=cv2.INTER_LINEAR)
     pad = [(0, max(side - n, 0)) for n in (height, width)]
     padded = np.pad(image, [*pad, (0, 0)])

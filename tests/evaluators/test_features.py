@@ -29,6 +29,24 @@ def grey_images(n, seed=0):
     ]
 
 
+@pytest.mark.parametrize("shape", [(20, 33), (33, 20), (24, 24), (1, 50)])
+def test_letterbox_keeps_the_aspect_and_centres_on_black(shape):
+    image = np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
+    letterbox = Preprocess(16, 1, (0.0,), (1.0,), letterbox=True)
+    y, x, h, w = letterbox.box(shape)
+    assert max(h, w) == 16 and min(h, w) == max(round(16 * min(shape) / max(shape)), 1)
+    square = letterbox.resize(image)
+    exact = skimage_resize(
+        image, (h, w), order=1, anti_aliasing=False, preserve_range=True, mode="edge"
+    )
+    inside = square[y : y + h, x : x + w, 0]
+    np.testing.assert_allclose(inside, exact, atol=4)
+    assert square.sum() == inside.sum()  # black elsewhere
+    # As much above as below, up to the odd row.
+    assert 0 <= 16 - h - 2 * y <= 1 and 0 <= 16 - w - 2 * x <= 1
+    assert Preprocess(16, 1, (0.0,), (1.0,)).box(shape) == (0, 0, 16, 16)
+
+
 def test_resize_is_bilinear_without_antialiasing():
     image = grey_images(1)[0]
     ours = Preprocess(16, 1, (0.0,), (1.0,)).resize(image)

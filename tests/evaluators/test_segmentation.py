@@ -13,9 +13,18 @@ from PIL import Image
 
 from configs import fass, jnu_ifm
 from ultradino_jax.checkpoint import Backbone, save_backbone
+from ultradino_jax.data.datasets.segmented import segmented_images
 from ultradino_jax.data.phantom_layouts import write_fass
 from ultradino_jax.evaluators import segmentation_train
-from ultradino_jax.evaluators.segmentation import evaluate, make_rows, steps_of
+from ultradino_jax.evaluators.features import Preprocess
+from ultradino_jax.evaluators.overlap import check_overlap
+from ultradino_jax.evaluators.segmentation import (
+    evaluate,
+    make_rows,
+    read_pairs,
+    steps_of,
+)
+from ultradino_jax.evaluators.segmentation_metrics import pixel_counts
 from ultradino_jax.evaluators.segmentation_train import (
     Pairs,
     pair_batches,
@@ -137,6 +146,63 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(place, finished, monkey
     assert same[0] == same[1]
 
 
+def test_letterboxed_masks_lie_where_their_images_do():
+    """And what is empty is neither scored nor trained on."""
+    picture = np.zeros((20, 40), np.uint8)
+    picture[5:15, 10:20] = 200
+    rows = [{"id": "a", "patient": "a", "split": "train"}]
+    data = segmented_images(
+        "one", "1", ("background", "block"), rows,
+        lambda i: picture, lambda i: (picture > 0).astype(np.uint8),
+    )  # fmt: skip
+    letterbox = Preprocess(32, 1, (0.0,), (1.0,), letterbox=True)
+    pairs = read_pairs(data, letterbox)
+    mask, image = pairs.masks[0], pairs.images[0, ..., 0]
+    assert (mask[:8] == 255).all() and (mask[24:] == 255).all()
+    assert set(np.unique(mask[8:24])) == {0, 1}
+    np.testing.assert_array_equal(mask == 1, image > 100)
+    # The block is as square as it was; stretched, it is twice as high.
+    ys, xs = np.nonzero(mask == 1)
+    assert np.ptp(ys) == np.ptp(xs) == 7
+    stretched = read_pairs(data, Preprocess(32, 1, (0.0,), (1.0,))).masks[0]
+    assert np.ptp(np.nonzero(stretched == 1)[0]) == 15 and stretched.max() == 1
+    assert pixel_counts(mask, mask, 2).sum() > 0
+    nothing = np.where(mask == 255, 1, mask)  # predictions in the empty part
+    np.testing.assert_array_equal(
+        pixel_counts(nothing, mask, 2), pixel_counts(mask, mask, 2)
+    )
+
+
+def test_an_image_seen_in_pretraining_is_found_in_every_runs_split(place, tmp_path):
+    """It trains in the first split and validates in the second."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (40, 40)).astype(np.uint8) for _ in range(4)]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(pictures[1]).save(folder / "b.png")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"data": {"root": str(folder), "list_file": ""}})
+    )
+
+    def split(*names):
+        rows = [
+            {"id": i, "patient": i, "split": s}
+            for i, s in zip("abcd", names, strict=True)
+        ]
+        read = pictures.__getitem__
+        return segmented_images("set", "1", ("background", "x"), rows, read, read)
+
+    first = split("train", "train", "val", "test")
+    later = split("train", "val", "train", "test")
+    lines = []
+    counts = check_overlap(tmp_path, first, allowed=False, say=lines.append)
+    assert counts == {"checked": True, "train": 1, "val": 0, "test": 0}
+    with pytest.raises(ValueError, match="1 validation or test .* first 'b'"):
+        check_overlap(tmp_path, first, later, allowed=False, say=lines.append)
+    counts = check_overlap(tmp_path, first, later, allowed=True, say=lines.append)
+    assert counts == {"checked": True, "train": 1, "val": 1, "test": 0}
+
+
 def test_a_workdir_of_another_setting_is_refused(place, finished):
     config = small_config(place, **{"train.learning_rate": 1e-3})
     with pytest.raises(ValueError, match="segmentation with another settings"):
@@ -245,6 +311,7 @@ def test_budgets_are_the_papers():
         ({"data.name": "cityscapes"}, "data set 'cityscapes' is unknown"),
         ({"train.warmup_steps": 6}, "6 warm-up steps do not fit 6"),
         ({"model.norm": "layer"}, "norm='layer'"),
+        ({"model.resize": "crop"}, "resize='crop': choose one of stretch, letterbox"),
         ({"data.split_file": "nowhere.csv"}, "'nowhere.csv' does not exist"),
     ],
 )

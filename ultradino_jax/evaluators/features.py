@@ -25,6 +25,7 @@ class Preprocess:
     image_size: side S in pixels; channels: C; mean, std: per channel, [0,1] scale.
     antialias: average when shrinking. The reference does not, though its pretraining
     crops are averaged: at a factor of 3 and more the two look quite different.
+    letterbox: keep the aspect, black around the image, instead of stretching it.
     """
 
     image_size: int
@@ -32,28 +33,50 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     antialias: bool = False
+    letterbox: bool = False
 
     @classmethod
-    def of(cls, backbone: Backbone, *, antialias: bool = False) -> "Preprocess":
+    def of(
+        cls, backbone: Backbone, *, antialias: bool = False, letterbox: bool = False
+    ) -> "Preprocess":
         """The preprocessing that the backbone carries."""
         b = backbone
-        return cls(b.image_size, b.channels, b.mean, b.std, antialias)
+        return cls(b.image_size, b.channels, b.mean, b.std, antialias, letterbox)
+
+    def box(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """(top, left, height, width) in the square of an image of `shape` [H,W,..].
+
+        Stretched it fills the square. In a letterbox its longer side does, the shorter
+        one is rounded to whole pixels and centred.
+        """
+        side, (height, width) = self.image_size, shape[:2]
+        if not self.letterbox:
+            return 0, 0, side, side
+        longest = max(height, width)
+        h, w = (max(round(side * n / longest), 1) for n in (height, width))
+        return (side - h) // 2, (side - w) // 2, h, w
 
     def resize(self, image: np.ndarray) -> np.ndarray:
         """uint8 [H,W] or [H,W,c] of any size -> uint8 [S,S,C].
 
-        Bilinear, the aspect is not kept, as the reference's albumentations `Resize`
-        (OpenCV); with `antialias`, the mean over each pixel's area instead where both
-        sides shrink. A colour image becomes grey for a
-        one-channel backbone (ITU-R 601, alpha ignored); grey is replicated.
-        Raises ValueError for another type or channel count.
+        Bilinear, as the reference's albumentations `Resize` (OpenCV), which stretches;
+        with `antialias`, the mean over each pixel's area instead where both sides
+        shrink. A colour image becomes grey for a one-channel backbone (ITU-R 601, alpha
+        ignored); grey is replicated. Raises ValueError for another type or channel
+        count.
         """
         image = to_channels(image, self.channels)
-        side = self.image_size
-        area = self.antialias and min(image.shape[:2]) >= side
+        y, x, h, w = self.box(image.shape)
+        area = self.antialias and image.shape[0] >= h and image.shape[1] >= w
         how = cv2.INTER_AREA if area else cv2.INTER_LINEAR
-        resized = cv2.resize(image, (side, side), interpolation=how)
-        return resized.reshape(side, side, self.channels)
+        resized = cv2.resize(image, (w, h), interpolation=how)
+        resized = resized.reshape(h, w, self.channels)
+        side = self.image_size
+        if (h, w) == (side, side):
+            return resized
+        square = np.zeros((side, side, self.channels), np.uint8)
+        square[y : y + h, x : x + w] = resized
+        return square
 
     def normalise(self, images):
         """uint8 [..,C] -> float32 (x/255 - mean) / std; NumPy or under jit."""

@@ -79,13 +79,15 @@ def _same(source, index: int, image: np.ndarray) -> bool:
 
 
 def check_overlap(
-    checkpoint: str | Path | None, data: LabelledImages, *, allowed: bool, say=print
+    checkpoint: str | Path | None, *splits: LabelledImages, allowed: bool, say=print
 ) -> dict:
     """Counts per split of images seen in pretraining, for the record.
 
-    Raises ValueError when one of val or test was seen, unless `allowed`. Training
-    images may have been seen: pretraining uses no label. {'checked': False, 'reason'}
-    when it cannot be known, or nothing was pretrained (no checkpoint).
+    splits: the data as split for one run, or for each of several: counts are then those
+    of the first, with the largest of any run for 'val' and 'test'. Raises ValueError
+    when one of any val or test was seen, unless `allowed`. Training images may have
+    been seen: pretraining uses no label. {'checked': False, 'reason'} when it cannot be
+    known, or nothing was pretrained (no checkpoint).
     """
     if checkpoint is None:
         return {"checked": False, "reason": "nothing was pretrained"}
@@ -93,16 +95,24 @@ def check_overlap(
     if source is None:
         say(f"overlap with pretraining not checked: {root}")
         return {"checked": False, "reason": root}
-    seen = overlapping_images(source, root, data)
-    counts = {name: int(seen[data.splits == name].sum()) for name in SPLITS}
-    held_out = counts["val"] + counts["test"]
-    if held_out and not allowed:
-        first = data.ids[seen & (data.splits != "train")][0]
-        raise ValueError(
-            f"{held_out} validation or test images of {data.name} are among the "
-            f"pretraining images, first {str(first)!r}; leave them out of pretraining, "
-            f"or set config.allow_overlap=True"
+    known: dict[str, bool] = {}  # an image is compared once, however many runs have it
+    runs = []
+    for data in splits:
+        new = np.array([name not in known for name in data.ids], bool)
+        part = data.take(new)
+        known |= dict(
+            zip(part.ids, overlapping_images(source, root, part), strict=True)
         )
+        seen = np.array([known[name] for name in data.ids], bool)
+        runs.append({name: int(seen[data.splits == name].sum()) for name in SPLITS})
+        held_out = seen & (data.splits != "train")
+        if held_out.any() and not allowed:
+            raise ValueError(
+                f"{held_out.sum()} validation or test images of {data.name} are among "
+                f"the pretraining images, first {str(data.ids[held_out][0])!r}; leave "
+                "them out of pretraining, or set config.allow_overlap=True"
+            )
+    counts = runs[0] | {name: max(r[name] for r in runs) for name in ("val", "test")}
     if sum(counts.values()):
         say(f"images seen in pretraining: {counts}")
     return {"checked": True, **counts}

@@ -20,6 +20,7 @@ from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.load import backbone_of, checkpoint_record
 from ultradino_jax.evaluators.networks import NETWORKS, Network, make_network
 from ultradino_jax.evaluators.overlap import check_overlap
+from ultradino_jax.evaluators.segmentation_loss import IGNORE
 from ultradino_jax.evaluators.segmentation_results import (
     Entry,
     Run,
@@ -38,6 +39,7 @@ from ultradino_jax.evaluators.segmenter import usable_backbone
 FORMAT = "ultradino_segmentation"
 ROWS = ("teacher", "random init", *NETWORKS)
 BUDGETS = ("paper", "equal")
+RESIZES = ("stretch", "letterbox")
 PACKAGES = ("jax", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
 
 
@@ -77,15 +79,19 @@ def load_dataset(section: ConfigDict) -> SegmentedImages:
 def read_pairs(data: SegmentedImages, preprocess: Preprocess) -> Pairs:
     """All images and masks at the network's size, in memory.
 
-    Both are stretched to the square, the aspect is not kept: images bilinearly, masks
-    to the nearest pixel.
+    Images as `preprocess` makes them, masks to the nearest pixel of the same place.
+    What a letterbox leaves empty is 255 in the mask: it is neither trained nor scored.
     """
     side = preprocess.image_size
 
     def read(i):
         mask = data.mask(i)
-        small = cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST)
-        return preprocess.resize(data[i]), small
+        y, x, height, width = preprocess.box(mask.shape)
+        square = np.full((side, side), IGNORE, np.uint8)
+        square[y : y + height, x : x + width] = cv2.resize(
+            mask, (width, height), interpolation=cv2.INTER_NEAREST
+        )
+        return preprocess.resize(data[i]), square
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images, masks = zip(*pool.map(read, range(len(data))), strict=True)
@@ -157,6 +163,15 @@ def steps_of(config: ConfigDict, row: str) -> int:
     return config[row].steps if row in NETWORKS else config.train.scratch_steps
 
 
+def letterbox_of(config: ConfigDict) -> bool:
+    """Whether images keep their aspect. Raises ValueError for an unknown word."""
+    if config.model.resize not in RESIZES:
+        raise ValueError(
+            f"model.resize={config.model.resize!r}: choose one of {', '.join(RESIZES)}"
+        )
+    return config.model.resize == "letterbox"
+
+
 def split_of(config: ConfigDict, data: SegmentedImages, seed: int) -> SegmentedImages:
     """The data as run `seed` trains, validates and tests on them."""
     d = config.data
@@ -208,6 +223,7 @@ def evaluate(
     """
     workdir = Path(workdir)
     check_rows(config)
+    letterbox_of(config)
     data = load_dataset(config.data)
     backbone = start_of(config, checkpoint)
     rows = make_rows(config, backbone)
@@ -217,13 +233,15 @@ def evaluate(
     for seed, split in splits.items():
         write_split(workdir / "splits" / f"seed{seed}.csv", split)
     first = splits[config.seeds[0]]
-    overlap = check_overlap(checkpoint, first, allowed=config.allow_overlap, say=say)
+    overlap = check_overlap(
+        checkpoint, *splits.values(), allowed=config.allow_overlap, say=say
+    )
     say(
         f"{data.name} {data.version}, {config.subset}: {split_record(first)}, "
         f"{len(data.classes) - 1} structures; {shown_as.name} from "
         f"{checkpoint or 'scratch'}, digest {shown_as.digest[:12]}"
     )
-    pairs = read_pairs(data, Preprocess.of(shown_as))
+    pairs = read_pairs(data, Preprocess.of(shown_as, letterbox=letterbox_of(config)))
     entries = [Entry(row, row if row in NETWORKS else "upernet") for row in rows]
     shown = {}
     for seed, split in splits.items():
@@ -291,6 +309,7 @@ def _run(config, row, backbone, split, parts, seed, workdir) -> tuple[Run, np.nd
         translation=c.translation,
         validate_every=c.validate_every,
         checkpoint_every=c.checkpoint_every,
+        letterbox=letterbox_of(config),
         name=f"{row}, seed {seed}",
         **recipe,
     )

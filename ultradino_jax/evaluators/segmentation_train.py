@@ -7,6 +7,7 @@ decay, joint augmentation; the step of highest validation mean Dice is kept.
 """
 
 import collections
+import dataclasses
 import functools
 import os
 import shutil
@@ -185,11 +186,13 @@ def train_segmenter(
     translation: str = "reference",
     validate_every: int = 450,
     checkpoint_every: int = 4,
+    letterbox: bool = False,
     name: str = "segmentation",
 ) -> tuple[Segmenter, list[dict]]:
     """(the segmenter of the best step, one {'step','loss','val_dice'} per validation).
 
-    drop_path, norm, head_channels (0 for the backbone's D) are UperNet's.
+    drop_path, norm, head_channels (0 for the backbone's D) are UperNet's. letterbox
+    says how the pairs were made from images, for those to come.
     The state is kept in `workdir` every `checkpoint_every` validations; running it
     again goes on from there, or returns at once when it had ended. Raises ValueError
     when the workdir belongs to another backbone, split or setting, when the warm-up
@@ -209,6 +212,8 @@ def train_segmenter(
     }  # fmt: skip
     if weight_decay != WEIGHT_DECAY:
         identity["settings"].append(weight_decay)
+    if letterbox:
+        identity["settings"].append("letterbox")
     if (workdir / "segmenter").is_dir():
         segmenter, record = load_segmenter(workdir)
         check_same_run(record["identity"], identity, workdir, "segmentation")
@@ -216,7 +221,7 @@ def train_segmenter(
     model = segmentation_model(
         backbone, len(classes), norm=norm, head_channels=head_channels
     )
-    segmenter = Segmenter(backbone, model, None, tuple(classes))
+    segmenter = Segmenter(backbone, model, None, tuple(classes), letterbox)
     optimizer = make_optimizer(learning_rate, warmup_steps, steps, weight_decay)
     variables = initial_variables(model, backbone, seed)
     _, everywhere = row_sharding(batch_size)
@@ -247,7 +252,7 @@ def train_segmenter(
         )  # fmt: skip
     finally:
         checkpoints.close()
-    best = Segmenter(backbone, model, jax.device_get(run.best), tuple(classes))
+    best = dataclasses.replace(segmenter, variables=jax.device_get(run.best))
     save_segmenter(workdir / "segmenter", best, identity=identity, history=run.history)
     shutil.rmtree(workdir / "checkpoints")
     return best, run.history
@@ -282,9 +287,7 @@ def _train(
         losses = []
         if not np.isfinite(loss):
             raise ValueError(f"{name}: the loss is not finite before step {run.step}")
-        now = Segmenter(
-            segmenter.backbone, segmenter.model, run.state.variables, segmenter.classes
-        )
+        now = dataclasses.replace(segmenter, variables=run.state.variables)
         run.validated(loss, validation_dice(now, val, batch_size))
         if len(run.history) % checkpoint_every == 0 and run.step != steps:
             run.save()

@@ -45,11 +45,12 @@ class Segmenter:
     model: Any
     variables: Any
     classes: tuple[str, ...]
+    letterbox: bool = False
 
     @property
     def preprocess(self) -> Preprocess:
-        """The backbone's own."""
-        return Preprocess.of(self.backbone)
+        """The backbone's own, stretched or with its aspect."""
+        return Preprocess.of(self.backbone, letterbox=self.letterbox)
 
     def with_parameters(self) -> Backbone:
         """UperNet's backbone as it was trained."""
@@ -154,6 +155,7 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, **facts) -> None:
         "format": "ultradino_segmenter",
         **architecture_record(segmenter),
         "classes": list(segmenter.classes),
+        "letterbox": segmenter.letterbox,
         **facts,
     }
     (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -206,5 +208,5 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
     )
     with ocp.StandardCheckpointer() as checkpointer:
         variables = checkpointer.restore(folder / "variables", dict(target))
-    segmenter = Segmenter(backbone, model, variables, tuple(record["classes"]))
-    return segmenter, record
+    classes, letterbox = tuple(record["classes"]), record.get("letterbox", False)
+    return Segmenter(backbone, model, variables, classes, letterbox), record

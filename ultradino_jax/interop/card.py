@@ -118,7 +118,7 @@ def task_card(kind: str, task, facts: dict, report: dict, licence: str) -> str:
         "Classes": names,
         "Use": _use(use, backbone, f"{head}ForImageClassification")
         + "\n\n"
-        + _input(backbone),
+        + _input(backbone, getattr(task, "letterbox", False)),
         "Training": _evaluation(facts),
         "Checks": _checks(report, "Logits agree"),
         "Intended use and limits": _RESEARCH_TASK + _LIMITS,
@@ -171,9 +171,11 @@ def _use(template: str, backbone, cls: str) -> str:
     )
 
 
-def _input(backbone) -> str:
+def _input(backbone, letterbox: bool = False) -> str:
     side = backbone.image_size
     square = f"{side} x {side} pixels"
+    if letterbox:
+        square += ", its aspect kept, centred on black"
     mean, std = _numbers(backbone.mean), _numbers(backbone.std)
     return f"""Input: {backbone.channels} channel(s), the whole image resized to
 {square} (bilinear), scaled to [0, 1], then (x - mean) / std with mean {mean}

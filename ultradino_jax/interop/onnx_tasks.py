@@ -50,8 +50,9 @@ def classifier_onnx(classifier: Classifier):
 def segmenter_onnx(segmenter: Segmenter):
     """UperNet -> onnx.ModelProto, any batch size.
 
-    Input as of `vit_onnx`, the image stretched to the square as in training; outputs
-    'logits' [batch,Y,S,S] and 'mask' uint8 [batch,S,S], the class of highest logit.
+    Input as of `vit_onnx`; metadata 'resize' says how an image becomes the square:
+    'stretch' or 'letterbox'. Outputs 'logits' [batch,Y,S,S] and 'mask' uint8
+    [batch,S,S], the class of highest logit.
     Raises TypeError for another network, and what `vit_onnx` raises.
     """
     model = segmenter.model
@@ -85,7 +86,9 @@ def segmenter_onnx(segmenter: Segmenter):
             "mask": ("batch", side, side),
         }
 
-    return vit_onnx(backbone, head, _classes(segmenter.classes))
+    metadata = _classes(segmenter.classes)
+    metadata["resize"] = "letterbox" if segmenter.letterbox else "stretch"
+    return vit_onnx(backbone, head, metadata)
 
 
 def _classes(names) -> dict[str, str]:

@@ -55,7 +55,7 @@ def write_task(kind: str, task: Classifier | Segmenter, folder: Path) -> None:
         import_onnx().save(model, folder / "model.onnx")
     elif isinstance(task, Segmenter):
         record = {"format": "ultradino_segmenter", **architecture_record(task)}
-        record["classes"] = list(task.classes)
+        record |= {"classes": list(task.classes), "letterbox": task.letterbox}
         write_own(folder, dict(task.variables), record)
     elif kind == "safetensors":
         kernel, bias = task.linear
@@ -143,7 +143,7 @@ def load_task(folder: str | Path) -> Classifier | Segmenter:
         return Classifier(backbone, tree["head"], classes=classes, **options)
     if record.get("format") == "ultradino_segmenter":
         backbone, model = module_of(record, str(folder))
-        return Segmenter(backbone, model, tree, classes)
+        return Segmenter(backbone, model, tree, classes, record["letterbox"])
     raise ValueError(
         f"{str(folder)!r} holds no classifier or segmenter of this project"
     )
