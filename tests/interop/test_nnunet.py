@@ -17,8 +17,10 @@ from PIL import Image
 
 from configs import fass
 from ultradino_jax.data.datasets.masks import load_mask_folders
-from ultradino_jax.evaluators.segmentation import split_of
+from ultradino_jax.evaluators.features import Preprocess
+from ultradino_jax.evaluators.segmentation import read_pairs, split_of
 from ultradino_jax.interop import nnunet
+from ultradino_jax.interop.nnunet_data import read_masks
 
 CLASSES = ("nothing", "head", "neck")
 TRAINER = "nnUNetTrainer_1epoch"
@@ -263,6 +265,19 @@ def test_what_is_missing_is_said_in_one_line(
     Image.fromarray(mask[:-1]).save(lost)
     with pytest.raises(ValueError, match="the image is"):
         nnunet.collect(work)
+
+
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_masks_come_into_the_square_as_labels_do(images, tmp_path, letterbox):
+    data = answers(tmp_path, images)
+    preprocess = Preprocess(32, 1, (0.0,), (1.0,), letterbox=letterbox)
+    rows = np.array([2, 5])
+    found = read_masks(tmp_path / "answers", rows, data, preprocess)
+    labels = read_pairs(data, preprocess).masks[rows]
+    scored = labels != 255
+    assert scored.all() == (not letterbox) and scored.mean() > 0.8
+    np.testing.assert_array_equal(found[scored], labels[scored])
+    assert not found[~scored].any()
 
 
 def test_length_of_trainers():

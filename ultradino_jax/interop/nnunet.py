@@ -32,6 +32,7 @@ from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation import (
     check_structures,
+    letterbox_of,
     load_dataset,
     read_pairs,
     split_of,
@@ -240,7 +241,9 @@ def collect(workdir: str | Path, say=print) -> dict:
     config = ConfigDict(record["config"])
     data = load_dataset(config.data)
     side = config.model.image_size or IMAGE_SIZE
-    pairs = read_pairs(data, Preprocess(side, 1, (0.0,), (1.0,)))
+    letterbox = letterbox_of(config)
+    preprocess = Preprocess(side, 1, (0.0,), (1.0,), letterbox=letterbox)
+    pairs = read_pairs(data, preprocess)
     trainer, y = record.get("trainer", ""), len(data.classes)
     entry, shown, test = results.Entry("nnunet", "nnunet"), None, None
     for seed, facts in record["seeds"].items():
@@ -253,9 +256,9 @@ def collect(workdir: str | Path, say=print) -> dict:
         parts = {k: Pairs(pairs.images[r], pairs.masks[r]) for k, r in rows.items()}
         check_structures(data, parts)
         fold = trained_folder(workdir, facts["dataset"], trainer)
-        validated = read_masks(fold / "validation", rows["val"], data, side)
+        validated = read_masks(fold / "validation", rows["val"], data, preprocess)
         masks = masks_folder(workdir, trainer, seed)
-        found = read_masks(masks, rows["test"], data, side)
+        found = read_masks(masks, rows["test"], data, preprocess)
         on_val, _ = results.scored(validated, parts["val"].masks, y)
         counts, distances = results.scored(found, parts["test"].masks, y)
         own = split.split("test")

@@ -1,4 +1,4 @@
-"""Data sets in nnU-Net v2's raw format, and its masks back. Plain NumPy and files.
+"""Data sets in nnU-Net v2's raw format, and its masks back. Images and files.
 
 Format: documentation/dataset_format.md of nnU-Net. Names of cases are the places of the
 images in the data set, so that any image id will do.
@@ -14,6 +14,7 @@ from PIL import Image
 
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
 
 IGNORE = 255
@@ -74,14 +75,17 @@ def export_split(
     return {case_name(row): str(split.ids[i]) for i, row in enumerate(rows)}
 
 
-def read_masks(folder: Path, rows, data: SegmentedImages, side: int) -> np.ndarray:
+def read_masks(
+    folder: Path, rows, data: SegmentedImages, preprocess: Preprocess
+) -> np.ndarray:
     """Predicted masks uint8 [n,S,S] of the data set's images `rows`.
 
-    As the labels they are stretched to the square, to the nearest pixel. Raises
+    They are put into the square to the nearest pixel, as the labels are. Raises
     ValueError when one is missing, of another size, or holds a value that is no class.
     """
-    masks = []
-    for row in rows:
+    side = preprocess.image_size
+    squares = np.zeros((len(rows), side, side), np.uint8)
+    for square, row in zip(squares, rows, strict=True):
         path = folder / f"{case_name(row)}.png"
         if not path.is_file():
             missing = sum(not (folder / f"{case_name(r)}.png").is_file() for r in rows)
@@ -96,9 +100,11 @@ def read_masks(folder: Path, rows, data: SegmentedImages, side: int) -> np.ndarr
                 f"image is {list(data[row].shape)}, classes end at "
                 f"{len(data.classes) - 1}"
             )
-        mask = mask.astype(np.uint8)
-        masks.append(cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST))
-    return np.stack(masks)
+        y, x, h, w = preprocess.box(mask.shape)
+        square[y : y + h, x : x + w] = cv2.resize(
+            mask.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST
+        )
+    return squares
 
 
 def write_json(path: Path, value) -> None:
