@@ -2,22 +2,21 @@
 
     python -m experiments.kill_test --out=runs/kill_test --kills=20
 
-A tiny run on the phantom, checkpointed every two steps, is started, killed at a random
-moment (from its first import to its last save) and started again. After every kill the
-complete lines of metrics.jsonl must be those of an uninterrupted run, as must the
-finished file and the exported backbone. Prints the moment of every kill.
+A tiny run on the phantom, checkpointed every two steps, is started in a process of its
+own, killed at a random moment (from its first line to its last save) and started again.
+After every kill the complete lines of metrics.jsonl must be those of an uninterrupted
+run, as must the finished files. Prints the moment of every kill.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
 VALUES = {
     "batch_size": 8,
     "groups": 1,
@@ -31,7 +30,7 @@ VALUES = {
     "crops.local_size": 16,
     "crops.num_local": 2,
     "data.phantom_images": 24,
-    "data.phantom_size": "(40,48)",
+    "data.phantom_size": (40, 48),
     "log_every": 1,
     "checkpoint_every": 2,
     "health.every": 6,
@@ -41,19 +40,28 @@ VALUES = {
 }
 
 
-def start(workdir: Path, cache: Path) -> subprocess.Popen:
-    """main.py on the tiny run; its output is dropped."""
-    command = [sys.executable, "main.py", "--config=configs/pretrain_smoke.py"]
-    command += [f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in VALUES.items()]
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet)
+def child(workdir: Path, cache: Path) -> None:
+    """The run, in a process that may be killed."""
+    import jax
+
+    from configs import pretrain_smoke
+    from ultradino_jax.train import train
+
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    config = pretrain_smoke.get_config()
+    config.update_from_flattened_dict(VALUES)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    train(config, workdir)
+
+
+def start(workdir: Path, cache: Path):
+    """A child forked from a server that has done the imports, and no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ultradino_jax.train", "configs.pretrain_smoke"])
+    process = context.Process(target=child, args=(workdir, cache))
+    process.start()
+    return process
 
 
 def metrics(workdir: Path) -> bytes:
@@ -62,10 +70,11 @@ def metrics(workdir: Path) -> bytes:
     return path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process) -> None:
     """Wait for a run that must succeed."""
-    if process.wait():
-        sys.exit(f"the run ended with exit code {process.returncode}")
+    process.join()
+    if process.exitcode:
+        sys.exit(f"the run ended with exit code {process.exitcode}")
 
 
 def main(argv=None) -> None:
@@ -90,17 +99,15 @@ def main(argv=None) -> None:
     kills = 0
     while kills < args.kills:
         process, wait = start(workdir, cache), draw.uniform(0.05, seconds)
-        try:
-            process.wait(timeout=wait)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        else:  # it was done before: begin anew
-            if process.returncode or metrics(workdir) != expected:
-                sys.exit(f"run {workdir} ended with {process.returncode} or differs")
+        process.join(timeout=wait)
+        if process.exitcode is not None:  # it was done before: begin anew
+            if process.exitcode or metrics(workdir) != expected:
+                sys.exit(f"run {workdir} ended with {process.exitcode} or differs")
             shutil.rmtree(workdir)
             continue
+        process.kill()
+        process.join()
+        kills += 1
         now = metrics(workdir)
         print(
             f"kill {kills}: after {wait:.1f} s, {len(now.splitlines())} lines",

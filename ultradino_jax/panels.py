@@ -32,7 +32,7 @@ def attention_maps(backbone: Backbone, images: np.ndarray):
     images: uint8 [n,S,S,C]. Returns ([n,A,h,w], [n,h,w,D]), float32. The attention
     paid to CLS and registers is left out, so a map sums to less than 1.
     """
-    mean, std = np.float32(backbone.mean), np.float32(backbone.std)
+    mean, std = (np.asarray(v, np.float32) for v in (backbone.mean, backbone.std))
     x = (np.asarray(images, np.float32) / 255 - mean) / std
     maps, tokens = jax.device_get(_attention(backbone.model, backbone.params, x))
     h, w = (side // backbone.model.patch_size for side in images.shape[1:3])
