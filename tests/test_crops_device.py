@@ -54,6 +54,9 @@ NEUTRAL = {
 }
 SIDE = 192
 render = jax.jit(device.render, static_argnums=2)
+resize_boxes = jax.jit(device.resize_boxes, static_argnums=2)
+weights_of = jax.jit(device.resize_weights, static_argnums=(2, 3))
+rendered = jax.jit(device.rendered, static_argnums=1)
 
 
 @functools.cache
@@ -161,12 +164,14 @@ def test_resize_equals_jax_image(box):
     # From 60 to 187: jax.image does not clip to 0..255 between the two passes.
     image = pictures(1)[0] // 2 + np.uint8(60)
     cut = image[top : top + height, left : left + width].astype(np.float32)
-    scale = jnp.array([64 / height, 64 / width])
-    expected = jax.image.scale_and_translate(
-        cut, (64, 64, 1), (0, 1), scale, jnp.zeros(2), "cubic", antialias=True
-    )
+    scale = np.float32([64 / height, 64 / width])
+    expected = jax.jit(
+        lambda x: jax.image.scale_and_translate(
+            x, (64, 64, 1), (0, 1), scale, jnp.zeros(2), "cubic", antialias=True
+        )
+    )(cut)
     canvas = np.pad(image, [(0, 12), (0, 2), (0, 0)], constant_values=255)
-    got = device.resize_boxes(canvas, np.float32([box]), 64)[0]
+    got = resize_boxes(canvas, np.float32([box]), 64)[0]
     off = np.asarray(got - expected)
     assert abs(off).max() < 1.25  # rounded twice
     assert abs(off.mean()) < 0.02
@@ -180,12 +185,9 @@ def test_fractional_boxes_equal_pillow_s_inside_the_box():
     picture = Image.fromarray(image[:, :, 0].astype(np.float32))
     edges = (left, top, left + width, top + height)
     expected = picture.resize((64, 64), Image.Resampling.BICUBIC, box=edges)
-    got = device.resize_boxes(jnp.asarray(image[:180, :180]), box[None], 64)[0, :, :, 0]
+    got = resize_boxes(image[:180, :180], box[None], 64)[0, :, :, 0]
     off = abs(np.asarray(got) - np.clip(np.asarray(expected), 0, 255))
     assert off[3:-3, 3:-3].max() < 1.25 and off[3:-3, 3:-3].mean() < 0.4
-
-
-weights_of = jax.jit(device.resize_weights, static_argnums=(2, 3))
 
 
 @settings(deadline=None, max_examples=60)
@@ -269,7 +271,7 @@ def test_a_rendered_batch_is_the_host_s_batch(monkeypatch):
     config = CropConfig(global_size=32, local_size=16, num_local=2)
     (host,), (raw,) = batches(config, None), batches(config, 48)
     assert device.rendered(host, config) is host
-    whole = device.rendered(raw, config)
+    whole = rendered(raw, config)
     assert {k: v.shape for k, v in whole.items()} == {
         k: v.shape for k, v in host.items()
     }
@@ -279,9 +281,9 @@ def test_a_rendered_batch_is_the_host_s_batch(monkeypatch):
         off = abs(np.asarray(whole[name]).astype(int) - host[name])
         assert off.max() <= 3 and off.mean() < 5e-3
     monkeypatch.setattr(device, "CHUNK", 2)  # three images: a chunk and a remainder
+    in_parts = jax.jit(lambda batch: device.rendered(batch, config))(raw)
     for name in ("global_crops", "local_crops"):
-        in_parts = device.rendered(raw, config)[name]
-        np.testing.assert_array_equal(in_parts, whole[name])
+        np.testing.assert_array_equal(in_parts[name], whole[name])
     # A function of (seed, step): what comes second is what a resumed run gets first.
     second, resumed = batches(config, 48, steps=2)[1], batches(config, 48, start=1)[0]
     assert all((second[k] == resumed[k]).all() for k in second)
@@ -290,16 +292,16 @@ def test_a_rendered_batch_is_the_host_s_batch(monkeypatch):
 def test_no_local_crops():
     config = CropConfig(global_size=32, num_local=0)
     (raw,) = batches(config, 48)
-    assert device.rendered(raw, config)["local_crops"].shape == (2, 0, 3, 96, 96, 1)
+    assert rendered(raw, config)["local_crops"].shape == (2, 0, 3, 96, 96, 1)
 
 
 def test_rendering_stays_within_a_device():
     config = CropConfig(global_size=32, local_size=16, num_local=2)
     (raw,) = batches(config, 48, groups=8, batch_size=8)
-    alone = device.rendered(raw, config)
+    alone = rendered(raw, config)
     sharding = batch_sharding(make_mesh())
     raw = jax.device_put(raw, sharding)
-    compiled = jax.jit(device.rendered, static_argnums=1).lower(raw, config).compile()
+    compiled = rendered.lower(raw, config).compile()
     text = compiled.as_text()
     for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert word not in text

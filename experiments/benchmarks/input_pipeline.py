@@ -5,8 +5,11 @@
 Writes phantoms of 1024x768 pixels as grey and RGB JPEG (quality 90) and PNG into a
 temporary folder and runs the exact host path on them: full decode, 2 crops of 224 and
 8 of 96 pixels with every augmentation, masks. "per core" divides by the CPU time of
-the process, so it holds on a busy machine too. The last lines say what decoding a JPEG
-at half size (libjpeg's scaled DCT) would gain and what it would cost in grey levels.
+the process, so it holds on a busy machine too. Then the prepared cache (256x341, in
+each encoding): the host path, and what is left to the host where the step renders
+(data.render='device': read, decide, canvas of 384 pixels, masks). The last lines say
+what decoding a JPEG at half size (libjpeg's scaled DCT) would gain and what it would
+cost in grey levels.
 """
 
 import argparse
@@ -17,12 +20,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.data.cache import ENCODINGS, CacheSource
+from ultradino_jax.data.canvas import place_on_canvas
 from ultradino_jax.data.crops import CropConfig, render_crops, sample_crops
 from ultradino_jax.data.phantom import render_phantom
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.data.sources import FolderSource
+from ultradino_jax.prepare import prepare
 
 SIZE = (768, 1024)
+CANVAS = 384
 FORMATS = {
     "grey JPEG": ("L", ".jpg", {"quality": 90}),
     "RGB JPEG": ("RGB", ".jpg", {"quality": 90}),
@@ -42,14 +49,35 @@ def write_images(folder: Path, count: int) -> dict[str, Path]:
     return {name: folder / name for name in FORMATS}
 
 
-def images_per_core(source, steps: int) -> float:
-    """Images per CPU second of build_pipeline in this thread, batches of 8."""
+class Repeated:
+    """A few records again and again, as a data set of the usual size.
+
+    Grain's shuffle walks through 65,536 places for its next record, so on a handful of
+    records it alone would take milliseconds.
+    """
+
+    def __init__(self, source, count: int = 1 << 20):
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.source[index % len(self.source)]
+
+
+def images_per_core(source, steps: int, canvas: int | None = None) -> float:
+    """Images per CPU second of build_pipeline in this thread, batches of 8.
+
+    canvas: leaves the rendering to the device.
+    """
     iterator = build_pipeline(
-        source,
+        Repeated(source),
         CropConfig.ultrasound(),
         batch_size=8,
         groups=1,
         patch_size=16,
+        canvas=canvas,
         num_steps=steps + 1,
         num_threads=0,
     )
@@ -74,6 +102,42 @@ def parts(source) -> tuple[float, float]:
         decode += middle - start
         crop += time.process_time() - middle
     return 1e3 * decode / len(source), 1e3 * crop / len(source)
+
+
+def device_parts(source) -> tuple[float, float, float]:
+    """Milliseconds of CPU per image to read it, to decide, and to fill the canvas."""
+    config = CropConfig.ultrasound()
+    marks = []
+    for index in range(len(source)):
+        marks.append([time.process_time()])
+        image = source[index]
+        marks[-1].append(time.process_time())
+        rng = np.random.default_rng(index)
+        decisions = sample_crops(rng, *image.shape[:2], config)
+        marks[-1].append(time.process_time())
+        place_on_canvas(image, decisions, CANVAS)
+        marks[-1].append(time.process_time())
+    return tuple(1e3 * np.diff(marks, axis=1).mean(axis=0))
+
+
+def print_caches(folder: Path, output: Path, steps: int) -> None:
+    """Both renderers' host rates from the prepared cache, one line per encoding."""
+    print(
+        f"\n{'cache':6} {'host rendering':>15} {'device rendering':>17}  "
+        "(img/s/core)  read, decide, canvas ms"
+    )
+    for encoding in ENCODINGS:
+        cache = output / f"cache-{encoding}"
+        options = {"region": False, "dedup": "none", "workers": 1, "progress": False}
+        prepare(folder, cache, encoding=encoding, **options)
+        source = CacheSource(cache)
+        host = images_per_core(source, steps)
+        device = images_per_core(source, 8 * steps, CANVAS)
+        read, decide, place = device_parts(source)
+        print(
+            f"{encoding:6} {host:15.0f} {device:17.0f}  {'':12} "
+            f"{read:5.2f} {decide:5.2f} {place:5.2f}"
+        )
 
 
 def half_size_decode(source) -> tuple[float, np.ndarray, np.ndarray]:
@@ -110,14 +174,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = write_images(Path(folder), options.images)
         sources = {name: FolderSource(path) for name, path in folders.items()}
-        print(f"{'1024x768':10} img/s/core  decode ms  crops ms")
+        print(f"{'1024x768':10} img/s/core  decode ms  crops ms  device img/s/core")
         for name, source in sources.items():
             rate = images_per_core(source, options.steps)
             decode, crop = parts(source)
-            print(f"{name:10} {rate:10.0f} {decode:10.2f} {crop:9.2f}")
+            device = images_per_core(source, 2 * options.steps, CANVAS)
+            print(f"{name:10} {rate:10.0f} {decode:10.2f} {crop:9.2f} {device:18.0f}")
+        print_caches(folders["grey PNG"], Path(folder), options.steps)
         milliseconds, mean, largest = half_size_decode(sources["grey JPEG"])
     print(
-        f"half-size JPEG decode (not used): {milliseconds:.2f} ms; grey levels off: "
+        f"\nhalf-size JPEG decode (not used): {milliseconds:.2f} ms; grey levels off: "
         f"global crops {mean[0]:.2f} in the mean, {largest[0]} at most; "
         f"local crops {mean[1]:.2f} and {largest[1]}"
     )
