@@ -111,7 +111,7 @@ def learning_rate(row, facts):
     """Steps too long for the weights, or a student worse than an ignorant one."""
     ratio = row["update_norm/backbone"] / max(row["weight_norm/backbone"], 1e-12)
     loss = (row["dino_local"] + row["dino_global"]) / max(facts.dino_weight, 1e-12)
-    if ratio > 0.2:
+    if ratio > 0.05:
         return f"one step moves the backbone by {100 * ratio:.1f} % of its norm"
     if _warm(row, facts) and loss > 1.2 * row["ln_k"]:
         return (
