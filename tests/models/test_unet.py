@@ -14,7 +14,7 @@ from einops import rearrange
 from ultradino_jax.interop.meta import nest
 from ultradino_jax.models.multiresunet import MultiResUNet, block_widths
 from ultradino_jax.models.unet import UNet, pad_to_multiple
-from ultradino_jax.models.unetr import UNETR
+from ultradino_jax.models.unetr import UNETR, default_states
 from ultradino_jax.tree import flat_names, map_with_name
 
 SCRIPT = Path(__file__).parent.parent / "golden" / "make_monai_nets.py"
@@ -33,6 +33,9 @@ def recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+IMAGE = jnp.zeros((1, 32, 32, 1))
 
 
 def size(tree):
@@ -186,12 +189,23 @@ def test_multires_widths_follow_the_rule():
     "model, message",
     [
         (UNet(2, norm="layer"), "norm='layer'"),
-        (UNETR(2, **SMALL_UNETR), "three taps from 1 to 3, got \\(3, 6, 9\\)"),
+        (
+            UNETR(2, **SMALL_UNETR, taps=(3, 6, 9)),
+            "three taps from 1 to 3, got \\(3, 6, 9\\)",
+        ),
     ],
 )
 def test_bad_fields_are_named(model, message):
     with pytest.raises(ValueError, match=message):
         shapes_of(model, height=32, width=32)
+
+
+def test_states_are_the_papers():
+    assert [default_states(n) for n in (12, 4, 1)] == [(3, 6, 9), (1, 2, 3), (1, 1, 1)]
+    same = (UNETR(2, depth=4, taps=taps) for taps in (None, (1, 2, 3)))
+    assert (
+        len({str(jax.make_jaxpr(m.init)(jax.random.key(0), IMAGE)) for m in same}) == 1
+    )
 
 
 def test_unetr_positions_follow_the_grid():
@@ -325,6 +339,6 @@ def test_forward_equals_monais(golden, sub, recipe, name):
     print(f"{name}: max |difference| {error:.2e}")
     assert error < 1e-4
     if name == "unetr":  # the paper's taps are another network
-        other = jax.jit(functools.partial(model.clone(taps=(3, 6, 9)).apply, variables))
+        other = jax.jit(functools.partial(model.clone(taps=None).apply, variables))
         other = other(images)[:, :: recipe.STRIDE, :: recipe.STRIDE]
         assert np.abs(other - wanted).max() > 0.1

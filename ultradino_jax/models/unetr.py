@@ -5,7 +5,7 @@ z3, z6, z9 and z12 (equation 5 and figure 2 of the paper) feed a convolutional d
 that doubles the resolution four times. Blocks are residual with instance norm and leaky
 ReLU, the queries, keys and values have no bias and the last state is normed, as in the
 authors' release (MONAI). That release taps z4, z7 and z10, counting from zero; here the
-paper's z3, z6 and z9 are the default.
+paper's z3, z6 and z9 are the default (of 12 blocks).
 """
 
 import flax.linen as nn
@@ -21,6 +21,11 @@ PATCH = 16
 NORM_EPS = 1e-5
 # torch's default of a convolution: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def default_states(depth: int) -> tuple[int, ...]:
+    """The paper's 3, 6 and 9 of 12 blocks, and the same shares of another depth."""
+    return tuple(max(round(depth * k / 4), 1) for k in (1, 2, 3))
 
 
 def instance_norm(x):
@@ -84,7 +89,8 @@ class UNETR(nn.Module):
     image_size: side in pixels of the native position grid; positions are interpolated
     for others. width: channels of the finest decoder level (16 in the release).
     embed_dim, depth, num_heads: D, blocks and A of the encoder, ViT-B's in the paper.
-    taps: which states (1 is the first block's) feed the decoder beside the last one.
+    taps: which three states (1 is the first block's) feed the decoder beside the last
+    one; None for `default_states`.
     """
 
     num_classes: int
@@ -93,9 +99,9 @@ class UNETR(nn.Module):
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
-    taps: tuple[int, int, int] = (3, 6, 9)
+    taps: tuple[int, ...] | None = None
 
-    def _encode(self, images):
+    def _encode(self, images, taps):
         """[B,H,W,C] -> states 3 x [B,h,w,D] of the taps and the normed last one."""
         grid = tuple(n // PATCH for n in images.shape[1:3])
         patches = rearrange(
@@ -122,7 +128,7 @@ class UNETR(nn.Module):
         last = nn.LayerNorm(epsilon=NORM_EPS, name="norm")(x)
         return [
             rearrange(z, "b (h w) d -> b h w d", h=grid[0])
-            for z in (*(states[i - 1] for i in self.taps), last)
+            for z in (*(states[i - 1] for i in taps), last)
         ]
 
     @nn.compact
@@ -131,13 +137,14 @@ class UNETR(nn.Module):
 
         Nothing in it depends on `train`. Raises ValueError for taps that are no block.
         """
-        if len(self.taps) != 3 or not all(1 <= i <= self.depth for i in self.taps):
+        taps = self.taps or default_states(self.depth)
+        if len(taps) != 3 or not all(1 <= i <= self.depth for i in taps):
             raise ValueError(
-                f"UNETR needs three taps from 1 to {self.depth}, got {self.taps}"
+                f"UNETR needs three taps from 1 to {self.depth}, got {taps}"
             )
         height, width = images.shape[1:3]
         x = pad_to_multiple(images, PATCH)
-        *states, last = self._encode(x)
+        *states, last = self._encode(x, taps)
 
         def upsample(features, name):
             return Upsample(features, use_bias=False, init=torch_uniform, name=name)
