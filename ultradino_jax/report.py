@@ -120,11 +120,11 @@ def table(values: dict) -> str:
 def curves(rows: dict[str, list[dict]]) -> str:
     """All charts for which there are numbers."""
     cards = []
-    for title, source, names, options in CHARTS:
-        have = rows[source]
-        if isinstance(names, str):
-            keys = dict.fromkeys(k for row in have for k in row if k.startswith(names))
-            names = {key.removeprefix(names): key for key in keys}
+    for title, source, wanted, options in CHARTS:
+        have, names = rows[source], wanted
+        if isinstance(wanted, str):  # all keys that begin with it
+            keys = dict.fromkeys(k for row in have for k in row if k.startswith(wanted))
+            names = {key.removeprefix(wanted): key for key in keys}
         options = dict(options)
         if "level" in options:
             name, key = options.pop("level")
@@ -133,7 +133,8 @@ def curves(rows: dict[str, list[dict]]) -> str:
         series = []
         for legend, key in names.items():
             points = [(r["step"] + 1, r[key]) for r in have if r.get(key) is not None]
-            if points:
+            shown = any(value for _, value in points) or not isinstance(wanted, str)
+            if points and shown:  # no chart of centers that Sinkhorn-Knopp never moves
                 series.append((legend, *zip(*points, strict=True)))
         drawn = chart(title, series, **options)
         if drawn:
