@@ -18,7 +18,10 @@ from ml_collections import ConfigDict
 from configs import pretrain_vitb
 
 
-def get_config() -> ConfigDict:
+def get_config(size: str = "minutes") -> ConfigDict:
+    """'minutes', or 'seconds': a few steps of next to nothing, for tests."""
+    if size not in ("minutes", "seconds"):
+        raise ValueError(f"size {size!r}: choose minutes or seconds")
     c = pretrain_vitb.get_config()
     c.batch_size = 64
     c.groups = 1
@@ -57,4 +60,16 @@ def get_config() -> ConfigDict:
     c.health.images = 256
     c.knn.enabled = True
     c.knn.patients = 120
+    if size == "seconds":
+        c.batch_size, c.groups = 8, 8
+        c.epochs, c.steps_per_epoch = 2, 3
+        c.model.patch_size = 8
+        c.head.hidden_dim, c.head.bottleneck_dim = 32, 16
+        c.head.num_prototypes = 64
+        c.teacher.warmup_temp_epochs = 1.0
+        c.crops.global_size, c.crops.local_size, c.crops.num_local = 32, 16, 2
+        c.data.phantom_images, c.data.phantom_size = 24, (40, 48)
+        c.log_every, c.checkpoint_every = 1, 2
+        c.health.every = 0
+        c.knn.enabled = False
     return c

@@ -49,21 +49,21 @@ def smoke_settings(row: Row, column: Column) -> dict:
         "model.image_size": side,
         "model.arch": "tiny" if row.run == "random init" else "",
         "seeds": (0, 1),
-        "replicates": 500,
+        "replicates": 200,
     }
     if column.config == "fetal_planes":
         return settings | {
             "model.antialias": True,
             "linear.batch_size": 32,
-            "linear.epochs": 10,
+            "linear.epochs": 6,
             "linear.warmup_epochs": 2,
             "finetune.batch_size": 32,
-            "finetune.epochs": 6,
+            "finetune.epochs": 4,
             "finetune.warmup_epochs": 1,
             "finetune.learning_rate": 5e-4,
         }
     steps = {
-        f"{part}.{key}": 48
+        f"{part}.{key}": 24
         for part, key in (
             ("train", "steps"),
             ("train", "scratch_steps"),
@@ -80,7 +80,7 @@ def smoke_settings(row: Row, column: Column) -> dict:
             "train.warmup_steps": 5,
             "train.batch_size": 8,
             "train.learning_rate": 1e-3,
-            "train.validate_every": 24,
+            "train.validate_every": 12,
             "train.drop_path": 0.1,
             "unet.width": 8,
             "unet.learning_rate": 1e-3,
