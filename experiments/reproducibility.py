@@ -37,7 +37,7 @@ RUNS = {
 
 
 def command(workdir: Path, steps: int, seed: int = 0) -> list[str]:
-    """main.py on the smoke recipe, cut to `steps` steps in groups of eight images."""
+    """main.py on the smoke recipe: `steps` steps of eight groups of two images."""
     values = {
         "seed": seed,
         "epochs": 1,
@@ -45,7 +45,7 @@ def command(workdir: Path, steps: int, seed: int = 0) -> list[str]:
         "optim.warmup_epochs": 0.1,
         "teacher.warmup_temp_epochs": 0.3,
         "optim.freeze_last_layer_epochs": 0.1,
-        "batch_size": 64,
+        "batch_size": 16,
         "groups": 8,
         "log_every": 1,
         "checkpoint_every": max(steps // 6, 1),

@@ -144,6 +144,7 @@ def train(
         if writer:
             stack.push(closing(writer))
         doctor = Doctor(config, plan, workdir, writer, keep, start, say)
+        stack.push(closing(doctor))
         _loop(run, state, start, writer, doctor, signals, stack, at_checkpoint)
     say(f"done: {plan.total_steps} steps, teacher backbone in {workdir / 'backbone'}")
     return workdir
@@ -261,7 +262,8 @@ def _loop(
         if writer:
             with run.doing("writing the metrics"):
                 writer.write(step, values, timing)
-            run.progress.update(step, values, timing)
+            if "total" in values:  # not a skipped step
+                run.progress.update(step, values, timing)
             doctor.look("metrics", {"step": step, **values})
             doctor.look("timing", {"step": step, **timing})
 
