@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.figures import new_figure, save_figure, write_rows  # noqa: E402
 
+DEFAULT = Path("runs/figures/attention")
+
 
 def load_images(folder: Path | None, count: int) -> tuple[list[str], list]:
     """(names, grey images uint8 [H,W,C]): of a folder, evenly spread, or phantoms."""
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, help="folder; default: phantoms")
     parser.add_argument("--count", type=int, default=4, help="images shown")
     parser.add_argument("--image-size", type=int, default=0, help="pixels; 0: native")
-    parser.add_argument("--out", type=Path, required=True, help="without a suffix")
+    parser.add_argument("--out", type=Path, default=DEFAULT, help="without a suffix")
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error("--count must be at least 1")

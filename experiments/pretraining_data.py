@@ -22,6 +22,7 @@ from experiments.figures import new_figure, save_figure, write_rows  # noqa: E40
 from experiments.table1_collect import read_cell  # noqa: E402
 from experiments.table1_rows import COLUMNS, ROWS  # noqa: E402
 
+DEFAULT = Path("runs/figures/pretraining_data")
 HEADER = ("system", "images", "column", "source", "mean", "low", "high")
 # Colour by what was pretrained on, mark by size.
 FAMILIES = {"ibot": "C1", "dinov2": "C2", "usfm": "C4", "ultradino": "C0"}
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, help="--out of table1.py")
     parser.add_argument("--own", action="append", default=[], help="NAME=IMAGES=FOLDER")
-    parser.add_argument("--out", type=Path, required=True, help="without a suffix")
+    parser.add_argument("--out", type=Path, default=DEFAULT, help="without a suffix")
     args = parser.parse_args(argv)
     own = {}
     for word in args.own:
