@@ -15,17 +15,11 @@ from ultradino_jax.data.sources import PhantomSource, open_source
 from ultradino_jax.interop.load import load_backbone_file
 from ultradino_jax.models.dino_head import DINOHead, head_flops
 from ultradino_jax.models.vit import ViT, build_vit, forward_flops
+from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretrain import Modules, Objective
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
-
-# Per-channel mean and std on the [0,1] scale: the training images of the reference's
-# 13M-image set, and ImageNet's.
-NORMALIZATION = {
-    "fus": ((0.1842924807,), (0.2187705424,)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 # Dense bfloat16 peak per device in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {

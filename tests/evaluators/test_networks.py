@@ -14,7 +14,6 @@ from PIL import Image
 
 from configs import fass, fetal_planes, jnu_ifm
 from ultradino_jax.evaluators import classification, segmentation
-from ultradino_jax.evaluators.baselines import ULTRASOUND
 from ultradino_jax.evaluators.networks import NETWORKS, Network, make_network
 from ultradino_jax.evaluators.segmentation import make_rows, start_of, steps_of
 from ultradino_jax.evaluators.segmenter import (
@@ -25,7 +24,7 @@ from ultradino_jax.evaluators.segmenter import (
 from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet
 from ultradino_jax.models.unetr import UNETR
-from ultradino_jax.plan import NORMALIZATION
+from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.segment import segment
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +84,6 @@ def test_input_without_checkpoint_is_that_of_pretraining():
     assert (network.image_size, network.channels) == (224, 1)
     (mean, std) = NORMALIZATION["fus"]
     assert (network.mean, network.std) == (mean, std)
-    assert (ULTRASOUND[:1], ULTRASOUND[1:]) == (mean, std)
     c = small_config(**{"model.arch": "tiny", "model.patch_size": 8})
     c.rows = ("random init",)
     vit = start_of(c, None)

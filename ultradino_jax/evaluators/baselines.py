@@ -8,11 +8,10 @@ from einops import reduce
 
 from ultradino_jax.checkpoint import Backbone
 from ultradino_jax.models.vit import ViTOutput, build_vit
+from ultradino_jax.normalization import FUS
 
 PIXEL_SIDE = 32
 IMAGE_SIZE = 224
-# Mean and std of grey pixels on the [0,1] scale, which pretraining calls 'fus'.
-ULTRASOUND = (0.1842924807, 0.2187705424)
 
 
 def from_scratch(
@@ -41,7 +40,7 @@ def from_scratch(
     model = build_vit(arch, patch_size=patch_size, image_size=side)
     images = jnp.zeros((1, side, side, channels))
     params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
-    mean, std = ((value,) * channels for value in ULTRASOUND)
+    mean, std = (values * channels for values in FUS)
     name = f"vit_{arch}{patch_size} from scratch"
     return Backbone(model, params, side, channels, mean, std, name=name)
 

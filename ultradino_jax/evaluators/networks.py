@@ -9,10 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ultradino_jax.checkpoint import Backbone
-from ultradino_jax.evaluators.baselines import IMAGE_SIZE, ULTRASOUND
+from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet
 from ultradino_jax.models.unetr import UNETR
+from ultradino_jax.normalization import FUS
 
 NETWORKS = {"unet": UNet, "multiresunet": MultiResUNet, "unetr": UNETR}
 # What a config section says beside the fields of its network.
@@ -74,6 +75,6 @@ def make_network(config: ConfigDict, row: str, like: Backbone | None) -> Network
             row, options, like.image_size, like.channels, like.mean, like.std
         )
     channels = config.model.channels or 1
-    mean, std = ((value,) * channels for value in ULTRASOUND)
+    mean, std = (values * channels for values in FUS)
     side = config.model.image_size or IMAGE_SIZE
     return Network(row, options, side, channels, mean, std)

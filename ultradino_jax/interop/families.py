@@ -20,11 +20,9 @@ from ultradino_jax.interop.meta import (
 from ultradino_jax.interop.usfm import usfm_params
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import VARIANTS, ViT
+from ultradino_jax.normalization import FUS, IMAGENET
 from ultradino_jax.tree import flat_names
 
-# Per channel, on the [0,1] scale. UltraDINO's are those of its fetal ultrasound images.
-FUS = ((0.1842924807,), (0.2187705424,))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # (offset, antialias) of the position interpolation: family, has registers.
 _POSITIONS = {
     ("dinov2", False): (0.1, False),
