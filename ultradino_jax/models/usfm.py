@@ -18,10 +18,10 @@ from einops import rearrange
 from scipy.interpolate import make_interp_spline
 
 from ultradino_jax.models.vit import (
-    LayerScale,
-    Mlp,
+    Attention,
+    Block,
     ViTOutput,
-    subset_residual,
+    image_patches,
     trunc_normal,
 )
 
@@ -99,83 +99,34 @@ def relative_bias(table, window: tuple[int, int], grid: tuple[int, int]):
     return rearrange(table[relative_position_index(grid)], "q k a -> a q k")
 
 
-class RelativeAttention(nn.Module):
+class RelativeAttention(Attention):
     """Self-attention on [B,T,D] whose logits get the relative-position bias.
 
     window: grid [h,w] the table was trained for. grid: the one of these tokens. The
     original has no key bias, which softmax could not see; here it is zero.
     """
 
-    num_heads: int
     window: tuple[int, int]
     grid: tuple[int, int]
-    dtype: Any
 
-    @nn.compact
-    def __call__(self, x):
-        """[B,T,D] -> [B,T,D]. Sows softmax maps [B,A,T,T] when asked to."""
-        d, (h, w) = x.shape[-1], self.window
-        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=trunc_normal, name="qkv")(x)
-        q, k, v = rearrange(
-            qkv, "b t (three a e) -> three b t a e", three=3, a=self.num_heads
-        )
+    def logit_bias(self):
+        """[A,T,T] of these tokens' grid."""
+        h, w = self.window
         entries = (2 * h - 1) * (2 * w - 1) + 3
         shape = (entries, self.num_heads)
         table = self.param("rel_pos_table", nn.initializers.zeros, shape)
-        bias = relative_bias(table, self.window, self.grid)
-        if self.is_mutable_collection("intermediates"):
-            logits = jnp.einsum("btae,bsae->bats", q, k).astype(jnp.float32)
-            logits = logits * q.shape[-1] ** -0.5 + bias
-            self.sow("intermediates", "attention", nn.softmax(logits))
-        x = jax.nn.dot_product_attention(q, k, v, bias=bias[None].astype(q.dtype))
-        x = rearrange(x, "b t a e -> b t (a e)")
-        return nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="proj")(x)
+        return relative_bias(table, self.window, self.grid)
 
 
-class RelativeBlock(nn.Module):
-    """Pre-norm BEiT block; a scan body, hence the (carry, tap) return."""
+class RelativeBlock(Block):
+    """A ViT block with that attention."""
 
-    num_heads: int
-    mlp_ratio: int
-    layerscale: float
     window: tuple[int, int]
     grid: tuple[int, int]
-    drop_path: float
-    groups: int
-    taps: bool
-    dtype: Any
 
-    def setup(self):
-        """Name the parameters as the ViT does."""
-        norm = dict(epsilon=1e-6, dtype=jnp.float32)
-        self.norm1, self.norm2 = nn.LayerNorm(**norm), nn.LayerNorm(**norm)
-        self.attn = RelativeAttention(
-            self.num_heads, self.window, self.grid, self.dtype
-        )
-        self.mlp = Mlp(self.mlp_ratio, self.dtype)
-        self.ls1, self.ls2 = LayerScale(self.layerscale), LayerScale(self.layerscale)
-
-    def __call__(self, x, _):
-        """x [B,T,D] -> (x [B,T,D], x or None as the scan's stacked output)."""
-
-        def attention(y):
-            return self.ls1(self.attn(self.norm1(y).astype(self.dtype)))
-
-        def mlp(y):
-            return self.ls2(self.mlp(self.norm2(y).astype(self.dtype)))
-
-        for branch in (attention, mlp):
-            if self.drop_path > 0:
-                x = subset_residual(
-                    x,
-                    branch,
-                    self.make_rng("drop_path"),
-                    rate=self.drop_path,
-                    groups=self.groups,
-                )
-            else:
-                x = x + branch(x).astype(x.dtype)
-        return x, (x if self.taps else None)
+    def attention(self) -> RelativeAttention:
+        """The block's attention module."""
+        return RelativeAttention(self.num_heads, self.dtype, self.window, self.grid)
 
 
 class USFM(nn.Module):
@@ -225,17 +176,10 @@ class USFM(nn.Module):
         """
         if masks is not None:
             raise ValueError("USFM takes no masks: it is not pretrained here")
-        b, height, width = images.shape[:3]
-        p, d = self.patch_size, self.embed_dim
-        if height % p or width % p:
-            raise ValueError(
-                f"image of {height}x{width} pixels is not divisible by patch size {p}"
-            )
-        patches = rearrange(
-            images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p
-        ).astype(self.dtype)
+        b, d = len(images), self.embed_dim
+        patches, grid = image_patches(images, self.patch_size)
         x = nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="patch_embed")
-        x = x(patches).astype(jnp.float32)
+        x = x(patches.astype(self.dtype)).astype(jnp.float32)
         cls_token = self.param("cls_token", trunc_normal, (1, 1, d))
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (b, 1, d)), x], axis=1)
         blocks = nn.scan(
@@ -245,15 +189,15 @@ class USFM(nn.Module):
             length=self.depth,
             unroll=self.unroll,
         )(
-            self.num_heads,
-            self.mlp_ratio,
-            self.layerscale,
-            2 * (self.image_size // p,),
-            (height // p, width // p),
-            self.drop_path if train else 0.0,
-            groups,
-            layers is not None,
-            self.dtype,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            layerscale=self.layerscale,
+            drop_path=self.drop_path if train else 0.0,
+            groups=groups,
+            taps=layers is not None,
+            dtype=self.dtype,
+            window=2 * (self.image_size // self.patch_size,),
+            grid=grid,
             name="blocks",
         )
         x, taps = blocks(x, None)

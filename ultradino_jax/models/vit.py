@@ -64,11 +64,30 @@ def subset_residual(x, branch, key, *, rate: float, groups: int):
     return rearrange(x, "w r t d -> (w r) t d")
 
 
+def image_patches(images, patch_size: int):
+    """Images [B,H,W,C] -> (patches [B,N,P*P*C], their grid (H/P, W/P)).
+
+    Raises ValueError when the image is not divisible by the patch size.
+    """
+    height, width = images.shape[1:3]
+    p = patch_size
+    if height % p or width % p:
+        raise ValueError(
+            f"image of {height}x{width} pixels is not divisible by patch size {p}"
+        )
+    patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+    return patches, (height // p, width // p)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on [B,T,D] with a fused qkv projection."""
 
     num_heads: int
     dtype: Any
+
+    def logit_bias(self):
+        """What is added to the attention logits: [A,T,T], or None for nothing."""
+        return None
 
     @nn.compact
     def __call__(self, x):
@@ -78,11 +97,15 @@ class Attention(nn.Module):
         q, k, v = rearrange(
             qkv, "b t (three a e) -> three b t a e", three=3, a=self.num_heads
         )
+        bias = self.logit_bias()
         if self.is_mutable_collection("intermediates"):
             logits = jnp.einsum("btae,bsae->bats", q, k).astype(jnp.float32)
-            scale = q.shape[-1] ** -0.5
-            self.sow("intermediates", "attention", nn.softmax(logits * scale))
-        x = rearrange(jax.nn.dot_product_attention(q, k, v), "b t a e -> b t (a e)")
+            logits = logits * q.shape[-1] ** -0.5
+            logits = logits if bias is None else logits + bias
+            self.sow("intermediates", "attention", nn.softmax(logits))
+        bias = None if bias is None else bias[None].astype(q.dtype)
+        x = jax.nn.dot_product_attention(q, k, v, bias=bias)
+        x = rearrange(x, "b t a e -> b t (a e)")
         return nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="proj")(x)
 
 
@@ -130,17 +153,19 @@ class Block(nn.Module):
     taps: bool
     dtype: Any
 
+    def attention(self) -> Attention:
+        """The block's attention module."""
+        return Attention(self.num_heads, self.dtype)
+
     def setup(self):
         """Name the parameters as the reference does."""
         norm = dict(epsilon=1e-6, dtype=jnp.float32)
         self.norm1, self.norm2 = nn.LayerNorm(**norm), nn.LayerNorm(**norm)
-        self.attn = Attention(self.num_heads, self.dtype)
+        self.attn = self.attention()
         self.mlp = Mlp(self.mlp_ratio, self.dtype)
         if self.layerscale is not None:
-            self.ls1, self.ls2 = (
-                LayerScale(self.layerscale),
-                LayerScale(self.layerscale),
-            )
+            self.ls1 = LayerScale(self.layerscale)
+            self.ls2 = LayerScale(self.layerscale)
 
     def __call__(self, x, rate):
         """x [B,T,D] -> (x [B,T,D], x or None as the scan's stacked output).
@@ -205,28 +230,20 @@ class ViT(nn.Module):
 
     def _tokens(self, images, masks):
         """Images [B,H,W,C] -> tokens [B,T,D] = [CLS, registers, patches]."""
-        b, height, width, c = images.shape
-        p = self.patch_size
-        if height % p or width % p:
-            raise ValueError(
-                f"image of {height}x{width} pixels is not divisible by patch size {p}"
-            )
-        grid = (height // p, width // p)
+        (b, *_, c), p = images.shape, self.patch_size
+        patches, grid = image_patches(images, p)
         bound = (c * p * p) ** -0.5  # torch's Conv2d default, weight and bias alike
 
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        patches = rearrange(
-            images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p
-        ).astype(self.dtype)
         x = nn.Dense(
             self.embed_dim,
             dtype=self.dtype,
             kernel_init=uniform,
             bias_init=uniform,
             name="patch_embed",
-        )(patches).astype(jnp.float32)
+        )(patches.astype(self.dtype)).astype(jnp.float32)
         token_init = nn.initializers.normal(1e-6)
         d = self.embed_dim
         mask_token = self.param("mask_token", nn.initializers.zeros, (1, d))
