@@ -293,7 +293,7 @@ def test_length_of_trainers():
     reason="ULTRADINO_NNUNET_BIN names no environment with nnunetv2",
 )
 def test_nnunet_itself(images, tmp_path, monkeypatch):
-    """The whole chain with a trainer of 80 steps; minutes on a CPU."""
+    """The whole chain with a trainer of 300 steps; minutes on a CPU."""
     monkeypatch.setenv(
         "nnUNet_extTrainer", str(Path(__file__).parent / "nnunet_trainer")
     )

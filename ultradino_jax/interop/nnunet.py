@@ -191,7 +191,8 @@ def run(
     workdir = Path(workdir).absolute()
     record = read_record(workdir)
     folder = find_commands(commands)
-    env = os.environ | {key: str(workdir / name) for key, name in FOLDERS.items()}
+    env = {"nnUNet_def_n_proc": str(processes), **os.environ}
+    env |= {key: str(workdir / name) for key, name in FOLDERS.items()}
     record["versions"] = versions_in(folder, env)
     record["trainer"] = trainer
     write_json(workdir / RECORD, record)

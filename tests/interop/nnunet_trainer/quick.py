@@ -1,4 +1,4 @@
-"""A trainer for nnU-Net that ends in a minute on a CPU; nnU-Net finds it by path.
+"""A trainer for nnU-Net that ends in minutes on a CPU; nnU-Net finds it by path.
 
 Only test_nnunet.py's opt-in test names this folder, in nnUNet_extTrainer.
 """
@@ -8,7 +8,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 
 class nnUNetTrainer_quick_4epochs(nnUNetTrainer):
-    """nnU-Net's own training, shorter: 4 epochs of 20 steps instead of 1000 of 250."""
+    """nnU-Net's own training, shorter: 4 epochs of 75 steps instead of 1000 of 250."""
 
     def __init__(
         self,
@@ -20,5 +20,5 @@ class nnUNetTrainer_quick_4epochs(nnUNetTrainer):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = 4
-        self.num_iterations_per_epoch = 20
+        self.num_iterations_per_epoch = 75
         self.num_val_iterations_per_epoch = 2
