@@ -189,6 +189,7 @@ def figures_of(size: int, run: Path, out: Path, args, say) -> list[tuple]:
 def draw(rows: list[tuple], stem: Path, steps: int) -> None:
     """A panel per task: teacher over the set size, the others as level lines."""
     figure, axes = new_figure(11, 3, ncols=len(TASKS), squeeze=False)
+    sizes = sorted({row[0] for row in rows})
     for panel, (task, title) in zip(axes[0], TASKS.items(), strict=True):
         mine = [r for r in rows if r[1] == task]
         for name, colour in (
@@ -210,6 +211,8 @@ def draw(rows: list[tuple], stem: Path, steps: int) -> None:
             else:
                 panel.axhline(y.mean(), color=colour, ls="--", label=label)
         panel.set_xscale("log")
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("pretraining images")
         panel.set_ylabel("mean Dice, %" if task == "fass" else "macro F1, %")
