@@ -58,7 +58,6 @@ def render(canvas, decisions: dict, config: CropConfig):
     Returns:
       global_crops uint8 [W,G,b,S,S,C] and local_crops uint8 [W,L,b,s,s,C].
     """
-
     kinds = [(config.global_size, slice(None, NUM_GLOBAL))]
     if config.num_local:
         kinds += [(config.local_size, slice(NUM_GLOBAL, None))]
@@ -106,10 +105,10 @@ def resize_boxes(image, boxes, size: int):
     side = image.shape[0]
     down = resize_weights(boxes[:, 0], boxes[:, 2], size, side)
     across = resize_weights(boxes[:, 1], boxes[:, 3], size, side)
-    exact = {"precision": jax.lax.Precision.HIGHEST}
+    exact = jax.lax.Precision.HIGHEST
     pixels = image.astype(jnp.float32)
-    x = _whole(jnp.einsum("hwc,vxw->vhxc", pixels, across, **exact))
-    return _whole(jnp.einsum("vyh,vhxc->vyxc", down, x, **exact))
+    x = _whole(jnp.einsum("hwc,vxw->vhxc", pixels, across, precision=exact))
+    return _whole(jnp.einsum("vyh,vhxc->vyxc", down, x, precision=exact))
 
 
 def resize_weights(start, length, size: int, side: int):

@@ -188,7 +188,8 @@ class _BatchLoader:
                 position = step * self.batch_size + group * b + j
                 image, index, bad = self._read(position)
                 rng = np.random.default_rng([self.seed, position])
-                decisions = sample_crops(rng, *image.shape[:2], self.crops)
+                height, width = image.shape[:2]
+                decisions = sample_crops(rng, height, width, self.crops)
                 if self.canvas:
                     parts = place_on_canvas(image, decisions, self.canvas)
                     where = (w, j)
