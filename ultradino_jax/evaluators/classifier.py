@@ -95,7 +95,7 @@ def save_classifier(
         "patch": classifier.patch,
         "antialias": classifier.antialias,
         "backbone": {
-            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "checkpoint": checkpoint and str(Path(checkpoint).absolute()),
             "digest": backbone.digest,
             "image_size": backbone.image_size,
             "channels": backbone.channels,
