@@ -315,7 +315,9 @@ def make_train_step(
         student = optax.apply_updates(state.student, updates)
         m = ema_momentum(state.step)
         # m t + (1-m) s, in the form that leaves equal weights equal to the last bit.
-        teacher = jax.tree.map(lambda t, s: t + (1 - m) * (s - t), state.teacher, student)
+        teacher = jax.tree.map(
+            lambda t, s: t + (1 - m) * (s - t), state.teacher, student
+        )
         names = ("dino_local", "dino_global", "koleo", "ibot")
         watched = watch(terms, grads, updates, student, teacher, centers)
         metrics = {"total": sum(terms[n] for n in names), **terms, **watched}
