@@ -1,6 +1,9 @@
 """What a run writes for people and tools: metric files and a progress line."""
 
 import json
+import os
+import platform
+import struct
 import sys
 import time
 from pathlib import Path
@@ -8,7 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import image as image_summary
+from tensorboardX.summary import scalar as scalar_summary
 
 
 def format_duration(seconds: float) -> str:
@@ -53,6 +59,43 @@ class MetricFile:
         self._file.close()
 
 
+class Board:
+    """A TensorBoard event file, written at once and by nobody else.
+
+    tensorboardX's SummaryWriter hands events to a thread, which dies of a full disk or
+    sleeps when the clock is set back; the training then waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._write(file_version="brain.Event:2")
+        # Events of later steps, from a run that was cut off, are not shown.
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields):
+        data = Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        for part in (length, data):
+            self._file.write(part + struct.pack("<I", masked_crc32c(part)))
+        self._file.flush()
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Record numbers by name."""
+        for name, value in values.items():
+            self._write(step=step, summary=scalar_summary(name, value))
+
+    def image(self, step: int, name: str, pixels) -> None:
+        """Record an image [H,W,3] uint8."""
+        summary = image_summary(name, pixels, dataformats="HWC")
+        self._write(step=step, summary=summary)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class Writer:
     """metrics.jsonl, health.jsonl, skipped.jsonl, timing.jsonl, TensorBoard.
 
@@ -66,26 +109,22 @@ class Writer:
             MetricFile(workdir / f"{name}.jsonl", start_step)
             for name in ("metrics", "health", "skipped", "timing")
         ]
-        self.board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step, write_to_disk=True
-        )
+        self.board = Board(workdir / "tensorboard", start_step)
 
     def write(self, step: int, metrics: dict, timing: dict) -> None:
         """Record float values of a step in all three places."""
         self.metrics.write(step, metrics)
         self.timing.write(step, timing)
-        for name, value in {**metrics, **timing}.items():
-            self.board.add_scalar(name, value, step)
+        self.board.scalars(step, {**metrics, **timing})
 
     def write_health(self, step: int, values: dict) -> None:
         """Record what the probe measured after a step."""
         self.health.write(step, values)
-        for name, value in values.items():
-            self.board.add_scalar(f"health/{name}", value, step)
+        self.board.scalars(step, {f"health/{k}": v for k, v in values.items()})
 
     def image(self, name: str, step: int, pixels, png: bytes) -> None:
         """Show an image [H,W,3] uint8 in TensorBoard and keep it in panels/."""
-        self.board.add_image(name, pixels, step, dataformats="HWC")
+        self.board.image(step, name, pixels)
         folder = self.workdir / "panels"
         folder.mkdir(exist_ok=True)
         (folder / f"{name}_{step + 1:08d}.png").write_bytes(png)
