@@ -177,8 +177,8 @@ def export(
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        if subject is backbone:
-            write(kind, backbone, fresh, run_heads(checkpoint) if heads else None)
+        if isinstance(subject, Backbone):
+            write(kind, subject, fresh, run_heads(checkpoint) if heads else None)
         elif heads:
             raise ValueError("--heads is for the projection heads of a pretraining run")
         else:
@@ -197,8 +197,8 @@ def export(
             "target": _check_target(kind, fresh, subject, ours, batch),
             "heads": heads,
         }
-        if subject is backbone:
-            card = model_card(kind, backbone, run_facts(checkpoint), report, licence)
+        if isinstance(subject, Backbone):
+            card = model_card(kind, subject, run_facts(checkpoint), report, licence)
         else:
             report |= {"classes": list(subject.classes), "evaluation": facts}
             card = task_card(kind, subject, facts, report, licence)

@@ -87,7 +87,7 @@ def save_classifier(
     fresh.mkdir(parents=True)
     if checkpoint is None:
         save_backbone(fresh / "backbone", backbone)
-    np.savez(fresh / "head.npz", **classifier.head)
+    np.savez(fresh / "head.npz", allow_pickle=False, **classifier.head)
     record = {
         "format": "ultradino_classifier",
         "classes": list(classifier.classes),

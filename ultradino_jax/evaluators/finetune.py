@@ -291,15 +291,20 @@ def finetune(
     finally:
         checkpoints.close()
     params, stats = jax.device_get(best)
-    head = {**params["head"], **stats._asdict()}
-    tuned = dataclasses.replace(backbone, params=params["backbone"])
-    classifier = Classifier(
-        tuned, head, 1, False, tuple(train.classes), preprocess.antialias
-    )
     facts = {"identity": identity, "history": history}
+    _keep(workdir, backbone, params, stats, train.classes, preprocess, facts)
+    return _tuned(model, preprocess, params, stats, history)
+
+
+def _keep(workdir, backbone, params, stats, classes, preprocess, facts) -> None:
+    """The trained model in place of the training state, which was for resuming."""
+    head = {**params["head"], **stats._asdict()}
+    trained = dataclasses.replace(backbone, params=params["backbone"])
+    classifier = Classifier(
+        trained, head, 1, False, tuple(classes), preprocess.antialias
+    )
     save_classifier(workdir / FOLDER, classifier, **facts)
     shutil.rmtree(workdir / "checkpoints")
-    return _tuned(model, preprocess, params, stats, history)
 
 
 def _tuned(model, preprocess, params, stats, history) -> FineTuned:
@@ -311,7 +316,7 @@ def _tuned(model, preprocess, params, stats, history) -> FineTuned:
 def _state_of(classifier: Classifier):
     """(params, stats) as they were trained."""
     head = {k: classifier.head[k] for k in ("kernel", "bias")}
-    stats = NormStats(classifier.head["mean"], classifier.head["var"])
+    stats = NormStats(*(jnp.asarray(classifier.head[k]) for k in ("mean", "var")))
     return {"backbone": classifier.backbone.params, "head": head}, stats
 
 

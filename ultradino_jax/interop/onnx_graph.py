@@ -38,7 +38,7 @@ class Graph:
         self.nodes, self.constants = [], {}
         self.types: dict[str, int] = {}  # of outputs that are not float32
 
-    def constant(self, name: str, value: np.ndarray) -> str:
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
         """A named weight or shape."""
         self.constants[name] = np.asarray(value, order="C")
         return name

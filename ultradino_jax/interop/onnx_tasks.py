@@ -118,10 +118,10 @@ class _UperNet:
 
     def mix(self, x: str, rows: np.ndarray, columns: np.ndarray, name: str) -> str:
         """rows [i,h] x [B,C,h,w] columns^T [w,j] -> [B,C,i,j]."""
-        rows = self.graph.constant(f"{name}.rows.weight", rows)
-        columns = self.graph.constant(f"{name}.columns.weight", columns.T)
-        x = self.graph.op("MatMul", rows, x, name=f"{name}.rows")
-        return self.graph.op("MatMul", x, columns, name=f"{name}.columns")
+        left = self.graph.constant(f"{name}.rows.weight", rows)
+        right = self.graph.constant(f"{name}.columns.weight", columns.T)
+        x = self.graph.op("MatMul", left, x, name=f"{name}.rows")
+        return self.graph.op("MatMul", x, right, name=f"{name}.columns")
 
     def conv(self, x: str, params, name: str, norm=None, relu: bool = True) -> str:
         """Convolution of stride 1 and same size; norm: (params, statistics)."""

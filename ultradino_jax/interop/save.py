@@ -7,6 +7,7 @@ in the safetensors header, or under a key of its own, and a file loads back unch
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -191,7 +192,7 @@ def onnx_target(folder: Path, outputs: tuple[str, ...]):
         folder / "model.onnx", providers=["CPUExecutionProvider"]
     )
 
-    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(images: np.ndarray) -> dict[str, Any]:
         arrays = session.run(list(outputs), {"pixel_values": images})
         return dict(zip(outputs, arrays, strict=True))
 

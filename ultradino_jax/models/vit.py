@@ -85,7 +85,7 @@ class Attention(nn.Module):
     num_heads: int
     dtype: Any
 
-    def logit_bias(self):
+    def logit_bias(self) -> Any:
         """What is added to the attention logits: [A,T,T], or None for nothing."""
         return None
 

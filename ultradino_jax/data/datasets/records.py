@@ -35,7 +35,7 @@ def planes_features(classes: Sequence[str], groups: Sequence[str]):
     )
 
 
-def planes_info(builder, description: str, homepage: str, classes, groups):
+def planes_info(builder, description: str | None, homepage: str, classes, groups):
     """Info of a builder of labelled planes; arguments as of `planes_features`."""
     return tfds.core.DatasetInfo(
         builder=builder,
@@ -46,7 +46,7 @@ def planes_info(builder, description: str, homepage: str, classes, groups):
     )
 
 
-def masked_info(builder, description: str, homepage: str):
+def masked_info(builder, description: str | None, homepage: str):
     """Info of a segmentation builder: image and index mask as PNG bytes, and texts."""
     png = tfds.features.Image(
         shape=(None, None, 1), dtype=np.uint8, encoding_format="png"
