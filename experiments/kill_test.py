@@ -20,7 +20,7 @@ from pathlib import Path
 VALUES = {
     "batch_size": 8,
     "groups": 1,
-    "epochs": 10,
+    "epochs": 4,
     "steps_per_epoch": 6,
     "model.patch_size": 8,
     "head.hidden_dim": 32,
@@ -33,7 +33,7 @@ VALUES = {
     "data.phantom_size": (40, 48),
     "log_every": 1,
     "checkpoint_every": 2,
-    "health.every": 6,
+    "health.every": 12,
     "health.images": 16,
     "health.patients": 4,
     "knn.enabled": False,
