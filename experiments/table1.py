@@ -238,6 +238,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.preset == "paper" and not (args.data or args.collect or args.list):
         parser.error("--data is missing: the folder with the downloads")
     words = sys.argv[1:] if argv is None else argv
+    words = [word for word in words if word != "--collect"]
     args.command = " ".join(["python experiments/table1.py", *words])
     return args
 
