@@ -307,5 +307,7 @@ def test_nnunet_itself(images, tmp_path, monkeypatch):
         processes=1,
     )
     run = nnunet.collect(tmp_path)["entries"]["nnunet"]["runs"][0]
-    # The squares are bright: a network that learns finds them.
-    assert run["test"]["pooled"]["foreground_dice"] > 0.5
+    # The squares are bright: a network that learns finds them, and does better than
+    # the mean mask, as their places in the stretched images hardly differ.
+    mean_mask = run["baselines"]["mean_mask"]["foreground_dice"]
+    assert run["test"]["pooled"]["foreground_dice"] > 0.95 > mean_mask
