@@ -134,10 +134,10 @@ class Copies:
         return self.source[index % len(self.source)]
 
 
-def examine(patient, source, watch, times=2):
+def examine(patient, source, watch, times=2, images=16):
     backbone, head, head_params = patient
     phantom = PhantomSource(1, (40, 48), settings=1)
-    probe = Probe(source, images=16, labels="", patients=4, phantom=phantom)
+    probe = Probe(source, images=images, labels="", patients=4, phantom=phantom)
     probe.prepare(backbone)
     values = probe(backbone, head, head_params, np.zeros(64, np.float32))
     events = []
@@ -164,9 +164,9 @@ def test_dead_prototypes(patient):
     params = {**params, "last_layer": last, "mlp_2": dict(params["mlp_2"])}
     v = params["last_layer"]["v"]
     params["mlp_2"]["bias"] = 100 * v[:, 3] / jnp.linalg.norm(v[:, 3])
-    source = PhantomSource(24, (40, 48))
-    ill = (backbone, head, params)
-    values, since = examine(ill, source, alarms.Watch(alarms.Facts()))
+    source = PhantomSource(48, (40, 48))
+    ill, watch = (backbone, head, params), alarms.Watch(alarms.Facts())
+    values, since = examine(ill, source, watch, images=48)
     assert values["prototypes_used"] < 0.05
     assert since == {"dead prototypes": 0}
 
