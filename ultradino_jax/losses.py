@@ -4,17 +4,20 @@ Arrays are global: under jit on a sharded batch every sum is already the sum ove
 devices, so no collective is written here. All arithmetic is float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
-def center_probs(teacher_logits, center, teacher_temp):
-    """Targets softmax((z - c) / tau_t): logits [..,K], center [K] -> [..,K].
+def teacher_probs(teacher_logits, offset, teacher_temp):
+    """Targets softmax(z / tau_t - u): logits [..,K], offset u [K] -> [..,K].
 
-    Caron et al. 2021, eq. 1 with the centering of section 3.1.
+    With u = c / tau_t, c the center, eq. 1 of Caron et al. 2021 with the centering of
+    section 3.1; with the u of `sinkhorn_offset`, the targets of Sinkhorn-Knopp.
     """
     z = teacher_logits.astype(jnp.float32)
-    return jax.nn.softmax((z - center) / teacher_temp, axis=-1)
+    return jax.nn.softmax(z / teacher_temp - offset, axis=-1)
 
 
 def update_center(center, batch_center, momentum: float = 0.9):
@@ -22,35 +25,53 @@ def update_center(center, batch_center, momentum: float = 0.9):
     return momentum * center + (1 - momentum) * batch_center
 
 
-def sinkhorn_knopp(teacher_logits, teacher_temp, *, weights=None, num_iterations=3):
-    """Targets by Sinkhorn-Knopp: logits [M,K] -> rows that sum to 1, [M,K].
+def sinkhorn_offset(chunk_logits, chunks, weights, teacher_temp, num_iterations=3):
+    """The offset u [K] with which `teacher_probs` gives the Sinkhorn-Knopp targets.
 
-    `weights` [M] marks real rows with 1 and padding with 0; padding takes no part and
-    comes back as zeros. The iteration runs in the log domain: the reference
-    exponentiates z/tau directly, which overflows float32 beyond z/tau = 88.
+    chunk_logits(chunk) -> [W,..,K]; chunks: a tree of [n,W,..]; weights [n,W,..]: 1 for
+    real rows, 0 for padding, which takes no part.
+
+    Sinkhorn-Knopp scales columns, then rows, of exp(z/tau), `num_iterations` times. In
+    the log domain (the reference exponentiates z/tau, which overflows float32 beyond
+    88) that is z/tau - u - v with u [K] the logsumexp of z/tau - v over rows and v the
+    logsumexp of z/tau - u over K. v is a function of u, so u is all there is to keep,
+    an iteration is one pass over the chunks, and the targets are softmax(z/tau - u).
     Source: DINOv2 `sinkhorn_knopp_teacher` (the scale factors it applies in between
     cancel, its last division is by column).
     """
-    log_q = teacher_logits.astype(jnp.float32) / teacher_temp
-    if weights is not None:
-        log_q = jnp.where(weights[:, None] > 0, log_q, -jnp.inf)
+    first = jax.tree.map(lambda x: x[0], chunks)
+    shape = jax.eval_shape(chunk_logits, first).shape
+    offset = None
     for _ in range(num_iterations):
-        log_q = log_q - jax.nn.logsumexp(log_q, axis=0, keepdims=True)
-        row = jax.nn.logsumexp(log_q, axis=1, keepdims=True)
-        log_q = log_q - jnp.where(jnp.isfinite(row), row, 0.0)
-    return jnp.exp(log_q)
+
+        def body(partial, chunk, offset=offset):
+            rows, real = chunk
+            z = chunk_logits(rows) / teacher_temp
+            if offset is not None:
+                z = z - jax.nn.logsumexp(z - offset, axis=-1, keepdims=True)
+            z = jnp.where(real[..., None] > 0, z, -jnp.inf)
+            z = jax.nn.logsumexp(z, axis=tuple(range(1, z.ndim - 1)))
+            return jnp.logaddexp(partial, z), None
+
+        nothing = jnp.full((shape[0], shape[-1]), -jnp.inf)
+        partial, _ = jax.lax.scan(body, nothing, (chunks, weights))  # [W,K]
+        offset = jax.nn.logsumexp(partial, axis=0)
+    return offset
 
 
-def cross_entropy(teacher_probs, student_logits, student_temp: float = 0.1):
+def cross_entropy(targets, student_logits, student_temp: float = 0.1):
     """-sum_k P_k log softmax(S/tau_s)_k over the last axis: [..,K] -> [..]."""
-    log_p = jax.nn.log_softmax(student_logits.astype(jnp.float32) / student_temp)
-    return -jnp.sum(teacher_probs * log_p, axis=-1)
+    z = student_logits.astype(jnp.float32) / student_temp
+    return (
+        jax.nn.logsumexp(z, axis=-1) * targets.sum(axis=-1)
+        - (targets * z).sum(axis=-1)
+    )  # fmt: skip
 
 
-def dino_loss(teacher_probs, global_logits, local_logits, student_temp: float = 0.1):
+def dino_loss(targets, global_logits, local_logits, student_temp: float = 0.1):
     """DINO's cross-view loss, averaged over its G(G-1) + GL terms.
 
-    teacher_probs: [W,G,b,K] in the order of the crops (not swapped); global_logits:
+    targets: [W,G,b,K] in the order of the crops (not swapped); global_logits:
     [W,G,b,K]; local_logits: [W,L,b,K] or None. Returns (local, global) scalars.
     A student's crop is never compared with the teacher's view of the same crop.
     Source: DINOv2 `ssl_meta_arch.py`; the denominator counts max(GL,1) local terms.
@@ -59,8 +80,8 @@ def dino_loss(teacher_probs, global_logits, local_logits, student_temp: float = 
     num_local = 0 if local_logits is None else local_logits.shape[1]
     terms = num_global * (num_global - 1) + max(num_global * num_local, 1)
     # sum_g CE(P_g, S) = CE(sum_g P_g, S): one pass over the student's log-softmax.
-    all_views = teacher_probs.sum(axis=1, keepdims=True)
-    other_views = all_views - teacher_probs
+    all_views = targets.sum(axis=1, keepdims=True)
+    other_views = all_views - targets
     global_loss = cross_entropy(other_views, global_logits, student_temp)
     global_loss = global_loss.mean(axis=(0, 2)).sum() / terms
     if num_local == 0:
@@ -69,14 +90,14 @@ def dino_loss(teacher_probs, global_logits, local_logits, student_temp: float = 
     return local_loss.mean(axis=(0, 2)).sum() / terms, global_loss
 
 
-def ibot_loss(teacher_probs, student_logits, mask_weights, num_rows: int, **temp):
+def ibot_loss(targets, student_logits, mask_weights, num_rows: int, **temp):
     """Masked-patch loss: [W,M,K] twice, mask_weights [W,M] -> scalar.
 
     (1/rows) sum_j w_j CE_j in each group, w_j = 1/(masked patches of that crop), then
     the mean over groups. `num_rows` counts all crops of a group, masked or not.
     Source: DINOv2 `iBOTPatchLoss.forward_masked`.
     """
-    loss = cross_entropy(teacher_probs, student_logits, **temp)
+    loss = cross_entropy(targets, student_logits, **temp)
     return (loss * mask_weights).sum(axis=1).mean() / num_rows
 
 
@@ -102,3 +123,80 @@ def koleo_loss(x):
 def entropy(probs):
     """Shannon entropy in nats over the last axis: [..,K] -> [..]."""
     return -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1)
+
+
+def chunk_size(rows: int, wanted: int) -> int:
+    """The largest divisor of `rows` that is at most `wanted`, at least 1."""
+    return max(c for c in range(1, max(min(rows, wanted), 1) + 1) if rows % c == 0)
+
+
+def in_chunks(tree, size: int):
+    """[W,R,..] -> [R/size,W,size,..] for every array; W stays where it is sharded."""
+
+    def cut(x):
+        x = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    return jax.tree.map(cut, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def summed_over_chunks(losses_of, kernel, rows, targets):
+    """Losses of rows against prototypes, the [rows,K] logits alive a chunk at a time.
+
+    losses_of: functions, one for each entry of rows and targets (tuples of trees):
+    loss(kernel, rows [c,..], targets) -> (loss, aux) of one chunk of one group.
+    rows: arrays [n,W,c,..], differentiable; targets: (arrays [n,W,c,..], constants),
+    not differentiated. kernel [E,K] is shared by all.
+
+    Returns (total, aux): the sum of all losses, and a tuple with the aux of each
+    function, summed over chunks; both are means over groups. aux has no gradient.
+
+    The forward pass takes the gradient of each chunk while its logits exist, so that
+    nothing of the size [rows,K] is kept or computed twice. The kernel's gradient is
+    summed with the group axis still on it: summed over groups inside the loop it
+    would be sent between devices once per chunk.
+    """
+    return _chunks_forward(losses_of, kernel, rows, targets)[0]
+
+
+def _chunks_forward(losses_of, kernel, rows, targets):
+    num_groups = jax.tree.leaves(rows)[0].shape[1]
+    sums = []  # of each function: (loss [W], aux with [W,..])
+    row_grads = []
+    kernel_grad = jnp.zeros((num_groups, *kernel.shape), jnp.float32)
+    for loss_of, r, (data, constants) in zip(losses_of, rows, targets, strict=True):
+
+        def one_group(kernel, r, data, loss_of=loss_of, constants=constants):
+            grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+            return grad(kernel, r, (data, constants))
+
+        def body(carry, chunk, one_group=one_group):
+            step = jax.vmap(one_group, in_axes=(None, 0, 0))
+            value, (for_kernel, for_rows) = step(kernel, *chunk)
+            return jax.tree.map(jnp.add, carry, (value, for_kernel)), for_rows
+
+        shapes = jax.eval_shape(
+            jax.vmap(one_group, in_axes=(None, 0, 0)),
+            kernel,
+            *jax.tree.map(lambda x: x[0], (r, data)),
+        )[0]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (value, kernel_grad), for_rows = jax.lax.scan(
+            body, (zeros, kernel_grad), (r, data)
+        )
+        sums.append(value)
+        row_grads.append(jax.tree.map(lambda x: x / num_groups, for_rows))
+    total = sum(loss for loss, _ in sums).mean()
+    aux = jax.tree.map(lambda x: x.mean(axis=0), tuple(a for _, a in sums))
+    return (total, aux), (tuple(row_grads), kernel_grad)
+
+
+def _chunks_backward(losses_of, kept, cotangents):
+    row_grads, kernel_grad = kept
+    scale, _ = cotangents
+    row_grads = jax.tree.map(lambda x: x * scale, row_grads)
+    return kernel_grad.mean(axis=0) * scale, row_grads, None
+
+
+summed_over_chunks.defvjp(_chunks_forward, _chunks_backward)

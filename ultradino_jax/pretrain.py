@@ -11,6 +11,7 @@ A device holds whole groups, so the result does not depend on the number of devi
 mask_indices point into a group's flattened [G*b*N] patches; padding has weight 0.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import optax
 from einops import rearrange
 
 from ultradino_jax import losses
-from ultradino_jax.models.dino_head import DINOHead
+from ultradino_jax.models.dino_head import DINOHead, prototype_logits
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.schedules import Schedule
 from ultradino_jax.watch import watch
@@ -65,22 +66,19 @@ class Modules:
             params["ibot_head"] = self.ibot_head.init(keys[2], tokens)["params"]
         return params
 
-    def dino_logits(self, params, tokens):
-        """CLS tokens [..,D] -> [..,K]."""
-        return self.dino_head.apply({"params": params["dino_head"]}, tokens)
-
-    def ibot_logits(self, params, tokens):
-        """Patch tokens [..,D] -> [..,K], through the tied or the separate head."""
+    def ibot(self, params):
+        """(head, its parameters) of the patch tokens: the tied or the separate one."""
         if self.ibot_head is None:
-            return self.dino_logits(params, tokens)
-        return self.ibot_head.apply({"params": params["ibot_head"]}, tokens)
+            return self.dino_head, params["dino_head"]
+        return self.ibot_head, params["ibot_head"]
 
 
 @dataclass(frozen=True)
 class Objective:
     """Weights and constants of the loss, and how pixels become network input.
 
-    mean, std: per-channel statistics on the [0,1] scale.
+    mean, std: per-channel statistics on the [0,1] scale. chunk_rows: about how many
+    rows of a group have their student logits [rows,K] in memory at once.
     """
 
     mean: tuple[float, ...]
@@ -92,6 +90,7 @@ class Objective:
     centering: str = "centering"
     center_momentum: float = 0.9
     sinkhorn_iterations: int = 3
+    chunk_rows: int = 2048
 
     def __post_init__(self):
         if self.centering not in ("centering", "sinkhorn_knopp"):
@@ -133,55 +132,145 @@ def gather_tokens(patch_tokens, mask_indices):
     return jnp.take_along_axis(patch_tokens, mask_indices[..., None], axis=1)
 
 
-def teacher_outputs(modules, objective, teacher, centers, batch, teacher_temp):
-    """Targets of the unmasked global crops and the centers after this batch.
+def dino_chunk(kernel, rows, targets, *, head, objective):
+    """DINO loss of c images of a group, as `losses.summed_over_chunks` wants it.
 
-    Returns (dino_probs [W,G,b,K], ibot_probs [W,M,K], centers). The center used here
-    holds earlier steps only: the reference applies a batch's mean before its next use.
-    The iBOT batch center is the mean over groups of each group's mean, not weighted by
-    how many patches a group masks (DINOv2 `ibot_patch_loss.py`).
+    rows: student features {'global' [c,G,E], 'local' [c,L,E]}; targets: (the teacher's
+    global features [c,G,E], (its kernel, offset [K], temperature, share c/b)).
+    """
+    features, (teacher_kernel, offset, teacher_temp, share) = targets
+    logits = functools.partial(prototype_logits, dtype=head.dtype)
+    views_first = functools.partial(rearrange, pattern="c v k -> 1 v c k")
+    probs = losses.teacher_probs(logits(features, teacher_kernel), offset, teacher_temp)
+    global_logits = logits(rows["global"], kernel)
+    local_logits = None
+    if rows["local"].shape[1]:
+        local_logits = views_first(logits(rows["local"], kernel))
+    temp = objective.student_temp
+    local, across = losses.dino_loss(
+        views_first(probs), views_first(global_logits), local_logits, temp
+    )
+    terms = {
+        "dino_local": objective.dino_weight * local,
+        "dino_global": objective.dino_weight * across,
+        "student_entropy": losses.entropy(jax.nn.softmax(global_logits / temp)).mean(),
+        "teacher_entropy": losses.entropy(probs).mean(),
+        "teacher_mean": probs.mean(axis=(0, 1)),  # [K]
+    }
+    terms = {k: v * share for k, v in terms.items()}
+    return terms["dino_local"] + terms["dino_global"], terms
+
+
+def ibot_chunk(kernel, rows, targets, *, head, objective):
+    """iBOT loss of c masked patches of a group: student features [c,E] -> (loss, aux).
+
+    targets: ((teacher features [c,E], weights [c]), (its kernel, offset [K],
+    temperature, number of crops of the group)).
+    """
+    (features, weights), (teacher_kernel, offset, teacher_temp, num_crops) = targets
+    logits = functools.partial(prototype_logits, dtype=head.dtype)
+    probs = losses.teacher_probs(logits(features, teacher_kernel), offset, teacher_temp)
+    ibot = objective.ibot_weight * losses.ibot_loss(
+        probs[None], logits(rows, kernel)[None], weights[None], num_crops,
+        student_temp=objective.student_temp,
+    )  # fmt: skip
+    return ibot, {"ibot": ibot}
+
+
+def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
+    """What the student is to predict, and the centers after this batch.
+
+    Returns (dino, ibot, centers): `targets` of dino_chunk and ibot_chunk, their arrays
+    cut into chunks [n,W,c,..]. The probabilities are softmax(z/tau - u) in either mode;
+    centering takes u from earlier steps only (the reference applies a batch's mean
+    before its next use), Sinkhorn-Knopp from this batch.
     """
     cls_token, patches = forward_crops(
         modules, objective, teacher, batch["global_crops"]
     )
-    dino_logits = modules.dino_logits(teacher, cls_token)
-    ibot_logits = modules.ibot_logits(
-        teacher, gather_tokens(patches, batch["mask_indices"])
+    _, g, b, _ = cls_token.shape
+    weights = batch["mask_weights"]
+    ibot_head, ibot_params = modules.ibot(teacher)
+    dino = features_of(modules.dino_head, teacher["dino_head"], cls_token)
+    ibot = features_of(
+        ibot_head, ibot_params, gather_tokens(patches, batch["mask_indices"])
     )
-    real = batch["mask_weights"] > 0
-    if objective.centering == "sinkhorn_knopp":
-        iterations = {"num_iterations": objective.sinkhorn_iterations}
-        dino_probs = losses.sinkhorn_knopp(
-            rearrange(dino_logits, "w g b k -> (w g b) k"), teacher_temp, **iterations
-        ).reshape(dino_logits.shape)
-        ibot_probs = losses.sinkhorn_knopp(
-            rearrange(ibot_logits, "w m k -> (w m) k"),
-            teacher_temp,
-            weights=rearrange(real, "w m -> (w m)"),
-            **iterations,
-        ).reshape(ibot_logits.shape)
-        return dino_probs, ibot_probs, centers
-    dino_probs = losses.center_probs(dino_logits, centers["dino"], teacher_temp)
-    ibot_probs = losses.center_probs(ibot_logits, centers["ibot"], teacher_temp)
-    count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
-    group_means = jnp.einsum("wmk,wm->wk", ibot_logits, real / count)
-    momentum = objective.center_momentum
-    new_centers = {
-        "dino": losses.update_center(
-            centers["dino"], dino_logits.mean(axis=(0, 1, 2)), momentum
-        ),
-        "ibot": losses.update_center(
-            centers["ibot"], group_means.mean(axis=0), momentum
-        ),
-    }
-    return dino_probs, ibot_probs, new_centers
+    dino = rearrange(dino, "w g b e -> w b g e")
+    images, masked = chunk_sizes(objective, batch)
+    dino_chunks = losses.in_chunks(dino, images)
+    ibot_chunks, weight_chunks = losses.in_chunks((ibot, weights), masked)
+    parts = {}
+    for name, head, params, features, chunks, real in (
+        ("dino", modules.dino_head, teacher["dino_head"], dino, dino_chunks, None),
+        ("ibot", ibot_head, ibot_params, ibot, ibot_chunks, weight_chunks),
+    ):
+        kernel = kernel_of(head, params)
+        if objective.centering == "sinkhorn_knopp":
+            real = jnp.ones(chunks.shape[:-1]) if real is None else real
+            offset = losses.sinkhorn_offset(
+                functools.partial(prototype_logits, kernel=kernel, dtype=head.dtype),
+                chunks,
+                real,
+                teacher_temp,
+                objective.sinkhorn_iterations,
+            )
+        else:
+            # The iBOT batch center is the mean over groups of each group's mean, not
+            # weighted by how many patches a group masks (`ibot_patch_loss.py`).
+            real = jnp.ones(features.shape[:-1]) if name == "dino" else weights > 0
+            offset = centers[name] / teacher_temp
+            centers = centers | {
+                name: losses.update_center(
+                    centers[name],
+                    mean_logits(features, real, kernel, head.dtype),
+                    objective.center_momentum,
+                )
+            }
+        parts[name] = kernel, offset, teacher_temp
+    dino = dino_chunks, (*parts["dino"], images / b)
+    ibot = (ibot_chunks, weight_chunks), (*parts["ibot"], g * b)
+    return dino, ibot, centers
 
 
-def student_outputs(modules, objective, student, batch, key):
+def features_of(head, params, tokens):
+    """Unit features of a head: [..,D] -> [..,E]."""
+    return head.apply({"params": params}, tokens, method="features")
+
+
+def kernel_of(head, params):
+    """A head's prototypes [E,K]."""
+    return head.apply({"params": params}, method="kernel")
+
+
+def mean_logits(features, real, kernel, dtype):
+    """Mean over groups of a group's mean logits: [W,..,E], real [W,..] -> [K].
+
+    Logits are linear in the features, so the mean is taken of those: the logits of all
+    rows would not fit.
+    """
+    features = features.astype(dtype).astype(jnp.float32)
+    axes = tuple(range(1, real.ndim))
+    count = jnp.maximum(real.sum(axis=axes), 1)
+    means = (features * real[..., None]).sum(axis=axes) / count[:, None]
+    kernel = kernel.astype(dtype).astype(jnp.float32)
+    return jnp.matmul(means.mean(axis=0), kernel, precision="highest")
+
+
+def chunk_sizes(objective, batch):
+    """(images, masked patches) of a chunk: divisors of b and M."""
+    _, g, b = batch["global_crops"].shape[:3]
+    crops = g + batch["local_crops"].shape[1]
+    images = losses.chunk_size(b, objective.chunk_rows // crops)
+    return images, losses.chunk_size(
+        batch["mask_indices"].shape[1], objective.chunk_rows
+    )
+
+
+def student_features(modules, objective, student, batch, key):
     """Student's view of all crops, global ones masked.
 
-    Returns (cls_token [W,G,b,D], global_logits [W,G,b,K], local_logits [W,L,b,K] or
-    None, patch_logits [W,M,K]).
+    Returns (cls_token [W,G,b,D], rows of dino_chunk, rows of ibot_chunk), the rows cut
+    into chunks [n,W,c,..].
     """
     key_global, key_local = jax.random.split(key)
     cls_token, patches = forward_crops(
@@ -192,18 +281,26 @@ def student_outputs(modules, objective, student, batch, key):
         batch["masks"],
         key=key_global,
     )
-    local_logits = None
+    w, _, b, d = cls_token.shape
+    local_cls = jnp.zeros((w, 0, b, d))
     if batch["local_crops"].shape[1]:
         local_cls, _ = forward_crops(
             modules, objective, student, batch["local_crops"], key=key_local
         )
-        local_logits = modules.dino_logits(student, local_cls)
-    masked = gather_tokens(patches, batch["mask_indices"])
+    images, masked = chunk_sizes(objective, batch)
+    crops = {
+        name: rearrange(
+            features_of(modules.dino_head, student["dino_head"], cls),
+            "w v b e -> w b v e",
+        )
+        for name, cls in (("global", cls_token), ("local", local_cls))
+    }
+    tokens = gather_tokens(patches, batch["mask_indices"])
+    patch_rows = features_of(*modules.ibot(student), tokens)
     return (
         cls_token,
-        modules.dino_logits(student, cls_token),
-        local_logits,
-        modules.ibot_logits(student, masked),
+        losses.in_chunks(crops, images),
+        losses.in_chunks(patch_rows, masked),
     )
 
 
@@ -212,32 +309,29 @@ def compute_losses(modules, objective, student, batch, targets, key):
 
     total = dino_local + dino_global + koleo + ibot; each term is logged as it is
     optimised (the reference displays half of koleo and ibot). Besides them `terms`
-    holds student_entropy (nats, of the global crops) and log_distance, the mean log
-    distance of a CLS token to its nearest neighbour within the group (KoLeo's).
+    holds student_entropy and teacher_entropy (nats, of the global crops), teacher_mean
+    [K], the teacher's mean answer, and log_distance, the mean log distance of a CLS
+    token to its nearest neighbour within the group (KoLeo's).
     """
-    dino_probs, ibot_probs = targets
-    cls_token, global_logits, local_logits, patch_logits = student_outputs(
-        modules, objective, student, batch, key
-    )
-    temp = {"student_temp": objective.student_temp}
-    local, across = losses.dino_loss(dino_probs, global_logits, local_logits, **temp)
-    _, g, b, _ = cls_token.shape
+    cls_token, *rows = student_features(modules, objective, student, batch, key)
+    rows, targets = tuple(rows), tuple(targets)
     koleo = jax.vmap(jax.vmap(losses.koleo_loss))(cls_token)
-    ibot = losses.ibot_loss(
-        ibot_probs, patch_logits, batch["mask_weights"], g * b, **temp
-    )
-    terms = {
-        "dino_local": objective.dino_weight * local,
-        "dino_global": objective.dino_weight * across,
-        "koleo": objective.koleo_weight * koleo.mean(axis=0).sum(),
-        "ibot": objective.ibot_weight * ibot,
-    }
-    total = sum(terms.values())
-    logits = jax.lax.stop_gradient(global_logits).astype(jnp.float32)
-    student_probs = jax.nn.softmax(logits / objective.student_temp)
-    terms["student_entropy"] = losses.entropy(student_probs).mean()
+    ibot_head, ibot_params = modules.ibot(student)
+    dino = functools.partial(dino_chunk, head=modules.dino_head, objective=objective)
+    ibot = functools.partial(ibot_chunk, head=ibot_head, objective=objective)
+    kernel = kernel_of(modules.dino_head, student["dino_head"])
+    if modules.ibot_head is None:  # in one go: one gradient of the shared prototypes
+        total, terms = losses.summed_over_chunks((dino, ibot), kernel, rows, targets)
+    else:
+        total, terms = 0.0, ()
+        kernels = kernel, kernel_of(ibot_head, ibot_params)
+        for f, k, r, t in zip((dino, ibot), kernels, rows, targets, strict=True):
+            part, extra = losses.summed_over_chunks((f,), k, (r,), (t,))
+            total, terms = total + part, terms + extra
+    terms = terms[0] | terms[1]
+    terms["koleo"] = objective.koleo_weight * koleo.mean(axis=0).sum()
     terms["log_distance"] = -jax.lax.stop_gradient(koleo).mean()
-    return total, terms
+    return total + terms["koleo"], terms
 
 
 def micro_batches(batch, accum_steps: int):
@@ -273,7 +367,7 @@ def make_train_step(
 
     def loss_and_grads(state, batch, key):
         temp = teacher_temp(state.step)
-        *targets, centers = teacher_outputs(
+        *targets, centers = teacher_targets(
             modules, objective, state.teacher, state.centers, batch, temp
         )
         targets = jax.lax.stop_gradient(targets)
@@ -283,8 +377,6 @@ def make_train_step(
             ),
             has_aux=True,
         )(state.student)
-        terms["teacher_entropy"] = losses.entropy(targets[0]).mean()
-        terms["teacher_mean"] = targets[0].mean(axis=(0, 1, 2))  # [K]
         return grads, centers, terms
 
     def accumulate(state, batch, key):

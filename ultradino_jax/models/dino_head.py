@@ -6,40 +6,51 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ultradino_jax.models.vit import trunc_normal
+from ultradino_jax.models.vit import gelu, trunc_normal
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer [.., E] -> [.., K] without bias.
+    """Weight-normalised linear layer without bias, given as its kernel [E,K].
 
     The weight of prototype k is g_k v_k / ||v_k||. g starts at 1 and is trained, v
     keeps torch's Linear default U(-1/sqrt(E), 1/sqrt(E)): the reference's init pass
     runs before this layer exists.
     """
 
+    bottleneck_dim: int
     num_prototypes: int
-    dtype: Any
 
     @nn.compact
-    def __call__(self, x):
-        """[.., bottleneck_dim] -> logits [.., K] in float32."""
-        bound = x.shape[-1] ** -0.5
+    def __call__(self):
+        """-> kernel float32 [E,K]."""
+        bound = self.bottleneck_dim**-0.5
 
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        v = self.param("v", uniform, (x.shape[-1], self.num_prototypes))
+        v = self.param("v", uniform, (self.bottleneck_dim, self.num_prototypes))
         g = self.param("g", nn.initializers.ones, (self.num_prototypes,))
-        kernel = v * (g * jax.lax.rsqrt(jnp.sum(v * v, axis=0)))
-        return jnp.matmul(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return v * (g * jax.lax.rsqrt(jnp.sum(v * v, axis=0)))
+
+
+def prototype_logits(features, kernel, dtype):
+    """Unit features [..,E] times a head's kernel [E,K] -> logits [..,K], float32.
+
+    Both operands are cast to `dtype`; the sums are float32.
+    """
+    return jnp.matmul(
+        features.astype(dtype),
+        kernel.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalisation, prototypes (DINOv2 `layers/dino_head.py`)."""
+    """MLP, L2 normalisation, prototypes (DINOv2 `layers/dino_head.py`).
+
+    The logits of many rows do not fit into memory at once, so training asks for
+    `features` and `kernel` and multiplies them in parts (`losses.summed_over_chunks`).
+    """
 
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
@@ -47,19 +58,28 @@ class DINOHead(nn.Module):
     num_layers: int = 3
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x):
-        """Backbone tokens [.., D] -> logits [.., K] in float32."""
+    def setup(self):
+        """Layers mlp_0.. and last_layer."""
         sizes = [self.hidden_dim] * (self.num_layers - 1) + [self.bottleneck_dim]
-        for i, size in enumerate(sizes):
-            x = nn.Dense(
-                size, dtype=self.dtype, kernel_init=trunc_normal, name=f"mlp_{i}"
-            )(x)
-            if i < len(sizes) - 1:
-                x = nn.gelu(x, approximate=False)
-        x = x.astype(jnp.float32)
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        return Prototypes(self.num_prototypes, self.dtype, name="last_layer")(x)
+        self.mlp = [
+            nn.Dense(size, dtype=self.dtype, kernel_init=trunc_normal) for size in sizes
+        ]
+        self.last_layer = Prototypes(self.bottleneck_dim, self.num_prototypes)
+
+    def features(self, x):
+        """Backbone tokens [..,D] -> unit vectors [..,E] in float32."""
+        for layer in self.mlp[:-1]:
+            x = gelu(layer(x))
+        x = self.mlp[-1](x).astype(jnp.float32)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    def kernel(self):
+        """The prototypes, float32 [E,K]."""
+        return self.last_layer()
+
+    def __call__(self, x):
+        """Backbone tokens [..,D] -> logits [..,K] in float32."""
+        return prototype_logits(self.features(x), self.kernel(), self.dtype)
 
 
 def head_flops(head: DINOHead, embed_dim: int) -> float:

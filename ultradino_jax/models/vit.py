@@ -79,6 +79,27 @@ def image_patches(images, patch_size: int):
     return patches, (height // p, width // p)
 
 
+@jax.custom_vjp
+def gelu(x):
+    """x Phi(x), exact, in float32 whatever x is; same shape and dtype.
+
+    By erf as torch has it; JAX's own goes through erfc, which costs XLA several times
+    as much. The backward pass keeps x alone and computes Phi(x) + x phi(x) from it.
+    """
+    z = x.astype(jnp.float32)
+    return (0.5 * z * (1 + jax.lax.erf(z * 2**-0.5))).astype(x.dtype)
+
+
+def _gelu_backward(x, cotangent):
+    z = x.astype(jnp.float32)
+    slope = 0.5 * (1 + jax.lax.erf(z * 2**-0.5))
+    slope = slope + z * jnp.exp(-0.5 * z * z) * (2 * np.pi) ** -0.5
+    return ((cotangent * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on [B,T,D] with a fused qkv projection."""
 
@@ -122,8 +143,9 @@ class Mlp(nn.Module):
         x = nn.Dense(
             self.ratio * d, dtype=self.dtype, kernel_init=trunc_normal, name="fc1"
         )(x)
-        x = nn.gelu(x, approximate=False)
-        return nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="fc2")(x)
+        return nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="fc2")(
+            gelu(x)
+        )
 
 
 class LayerScale(nn.Module):
