@@ -72,3 +72,40 @@ def test_collectives_of_a_compiled_scan():
     text = text.lower(*arguments).compile().as_text()
     sums = [c for c in collectives(text, n) if c.size == 6 * 3 * 4 and c.in_loop]
     assert [(c.kind, c.times, c.devices) for c in sums] == [("all-reduce", 5, n)]
+
+
+def test_torch_step_equals_the_reference(golden, sub):
+    """Two steps of what our step is timed against: the same losses and gradients."""
+    torch = pytest.importorskip("torch")
+    from experiments.benchmarks.torch_step import Reference
+
+    g = golden("train_step")
+    state = {k: torch.tensor(v) for k, v in sub(g, "init/").items()}
+    peer = Reference(state, heads=2, teacher_scale=0.9)
+    for i in range(2):
+        crops = {
+            f"{name}_crops": torch.tensor(
+                g[f"batch/collated_{name}_crops"][:: -1 if i else 1].copy()
+            )
+            for name in ("global", "local")
+        }
+        batch = crops | {
+            "masks": torch.tensor(g["batch/collated_masks"]),
+            "mask_indices": torch.tensor(g["batch/mask_indices_list"]),
+            "mask_weights": torch.tensor(g["batch/masks_weight"]),
+        }
+        hyper = {k: float(v) for k, v in sub(g, f"hyper/step{i}/").items()}
+        terms = peer.step(batch, hyper)
+        loss = sub(g, f"centering/step{i}/loss/")
+        assert terms == pytest.approx(
+            {
+                "dino_local": float(loss["dino_local_crops_loss"]),
+                "dino_global": float(loss["dino_global_crops_loss"]),
+                "koleo": 2 * float(loss["koleo_loss"]),  # displayed: half
+                "ibot": 2 * float(loss["ibot_loss"]),
+            },
+            rel=1e-5,
+        )
+        norms = sub(g, f"centering/step{i}/grad_norm_before_clip/")
+        expected = {k: float(v) for k, v in norms.items()}
+        assert peer.norms == pytest.approx(expected, rel=1e-5)
