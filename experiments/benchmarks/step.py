@@ -1,0 +1,276 @@
+"""Our training step against PyTorch's, and against itself with other settings.
+
+    python -m experiments.benchmarks.step --peer=torch-reference \
+        --peer=lightly-train --lightly_python=VENV/bin/python
+
+ViT-S/16, 4 images of 2 x 224 + 8 x 96 pixels, 1 channel, 4 registers, 65,536
+prototypes, float32, drop path 0: the recipe with what differs in `step_config`. Every
+system is a process of its own on the same cores; they take turns, one step each per
+round, so that a busy machine slows all alike. The first round is left out. Prints
+medians, the median of each round's ratio, and every process's peak resident memory.
+
+- `--peer` torch-reference is torch_step.py's statement of DINOv2's step, with the same
+  initial weights and batch; the losses of its first step are compared with ours.
+  `--torch_python` names its Python, by default this one.
+- `--peer` lightly-train is lightly-train 0.18.0's own step on the same tensors
+  (`pip install lightly-train==0.18.0` in an environment of its own).
+- `--variant` is ours with config values changed, e.g. `--variant=model.unroll=1`; by
+  default the recipe's drop path. `--config.KEY=VALUE` changes all of ours.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from einops import rearrange
+from ml_collections import config_flags
+
+from configs import pretrain_vits
+from ultradino_jax.feed import pipeline
+from ultradino_jax.interop.meta import dino_head_state, vit_state
+from ultradino_jax.plan import make_plan
+from ultradino_jax.pretrain import init_state
+from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
+from ultradino_jax.train import compiled_step
+
+PEERS = ("torch-reference", "lightly-train")
+TERMS = ("dino_local", "dino_global", "koleo", "ibot")
+
+
+def step_config():
+    """The ViT-S recipe at what two CPU cores can time."""
+    config = pretrain_vits.get_config()
+    config.batch_size, config.groups, config.steps_per_epoch = 4, 1, 1000
+    config.model.dtype, config.model.remat = "float32", "none"
+    config.model.drop_path, config.model.unroll = 0.0, 12
+    config.data.phantom_images, config.data.phantom_size = 4, (256, 341)
+    config.data.workers, config.data.threads = 0, 0
+    return config
+
+
+CONFIG = config_flags.DEFINE_config_dict("config", step_config())
+PEER = flags.DEFINE_multi_enum("peer", [], PEERS, "what to compare with")
+VARIANT = flags.DEFINE_multi_string(
+    "variant", ["model.drop_path=0.3"], "ours, changed; '' for none"
+)
+TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "of the reference")
+LIGHTLY_PYTHON = flags.DEFINE_string("lightly_python", None, "of lightly-train")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "timed steps of each")
+THREADS = flags.DEFINE_integer("threads", 2, "cores all of them run on")
+JSON = flags.DEFINE_string("json", "experiments/results/step.json", "written to")
+WORKER = flags.DEFINE_string("worker", None, "internal: run this variant of ours")
+
+
+def changed(config, variant: str):
+    """The config with 'key=value,key=value' applied."""
+    for item in filter(None, variant.split(",")):
+        key, _, value = item.partition("=")
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+def fixed_batch(config, plan) -> dict[str, np.ndarray]:
+    """The batch of step 0."""
+    stream = pipeline(config, plan, 0, 1)
+    batch = {k: v for k, v in next(stream).items() if k not in ("index", "bad")}
+    stream.close()
+    return batch
+
+
+def peak_gb() -> float:
+    """Highest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def serve_ours(config) -> None:
+    """The protocol of torch_step.py for our step."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    plan = make_plan(config, 1)
+    key, channels = jax.random.key(config.seed), config.data.channels
+    state = jax.jit(
+        lambda: init_state(plan.modules, plan.optimizer, key, channels),
+        out_shardings=replicated(mesh),
+    )()
+    batch = jax.device_put(fixed_batch(config, plan), batch_sharding(mesh))
+    start = time.perf_counter()
+    step = compiled_step(config, plan, mesh, state).lower(state, batch).compile()
+    memory = step.memory_analysis()
+    about = {
+        "jax": jax.__version__,
+        "compile_seconds": time.perf_counter() - start,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "gflop": plan.flops_per_step / 1e9,
+        "peak_gb_before_step": peak_gb(),
+    }
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        seconds = time.perf_counter() - start
+        terms = {name: float(metrics[name]) for name in TERMS}
+        answer = {"seconds": seconds, "terms": terms, "peak_gb": peak_gb()}
+        print(json.dumps(answer), flush=True)
+
+
+def write_input(config, path: Path) -> None:
+    """Initial weights, batch and hyper-parameters as torch_step.py reads them."""
+    plan = make_plan(config, 1)
+    if plan.groups != 1 or config.ibot.separate_head:
+        raise ValueError("the peers know one group and one head")
+    state = jax.jit(plan.modules.init, static_argnums=1)(
+        jax.random.key(config.seed), config.data.channels
+    )
+    backbone = vit_state(state["backbone"], patch_size=config.model.patch_size)
+    arrays = {f"student/backbone.{k}": v for k, v in backbone.items()}
+    head = dino_head_state(state["dino_head"])
+    arrays |= {f"student/dino_head.{k}": v for k, v in head.items()}
+    batch = fixed_batch(config, plan)
+    for name in ("global_crops", "local_crops"):
+        crops = np.asarray(plan.objective.normalise(batch[name]))
+        arrays[f"batch/{name}"] = rearrange(crops, "1 v b h w c -> (v b) c h w")
+    real = batch["mask_weights"][0] > 0
+    arrays["batch/masks"] = rearrange(batch["masks"], "1 v b n -> (v b) n")
+    arrays["batch/mask_indices"] = batch["mask_indices"][0, real].astype(np.int64)
+    arrays["batch/mask_weights"] = batch["mask_weights"][0, real]
+    names = {"lr": "lr", "last_layer_lr": "last_layer_lr", "wd": "weight_decay"}
+    names |= {"mom": "ema_momentum", "temp": "teacher_temp"}
+    for name, schedule in names.items():
+        arrays[f"hyper/{name}"] = np.float64(plan.schedules[schedule](0))
+    arrays["heads"] = np.int64(plan.modules.backbone.num_heads)
+    np.savez(path, **arrays)
+
+
+class Worker:
+    """One system in its own process, a step per question."""
+
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.about = self._answer()
+        self.seconds: list[float] = []
+        self.first_terms: dict[str, float] = {}
+        self.peak_gb = 0.0
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended: {self.process.wait()}")
+        return json.loads(line)
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.first_terms = self.first_terms or answer["terms"]
+        self.peak_gb = answer["peak_gb"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def start_workers(folder: Path) -> dict[str, Worker]:
+    """Every system asked for, ready to step; ours first."""
+    ours = [sys.executable, "-m", "experiments.benchmarks.step", *sys.argv[1:]]
+    commands = {"ours": [*ours, "--worker="]}
+    for variant in filter(None, VARIANT.value):
+        commands[f"ours, {variant}"] = [*ours, f"--worker={variant}"]
+    script = str(Path(__file__).with_name("torch_step.py"))
+    pythons = dict(zip(PEERS, (TORCH_PYTHON.value, LIGHTLY_PYTHON.value), strict=True))
+    for peer in PEER.value:
+        if not pythons[peer]:
+            raise app.UsageError("--peer=lightly-train needs --lightly_python")
+        path = folder / "input.npz"
+        if not path.exists():
+            write_input(CONFIG.value, path)
+        command = [pythons[peer], script, peer, str(path), str(THREADS.value)]
+        commands[peer] = command
+    workers = {}
+    for name, command in commands.items():
+        start = time.perf_counter()
+        workers[name] = Worker(command)
+        print(f"{name}: ready after {time.perf_counter() - start:.0f} s", flush=True)
+    return workers
+
+
+def summary(workers: dict[str, Worker], loads: list[float]) -> dict:
+    """What is printed and kept."""
+    ours = workers["ours"]
+    rows = {}
+    for name, worker in workers.items():
+        ratios = [a / b for a, b in zip(ours.seconds, worker.seconds, strict=True)]
+        rows[name] = {
+            "median_seconds": round(statistics.median(worker.seconds), 4),
+            "min_seconds": round(min(worker.seconds), 4),
+            "ours_over_this": round(statistics.median(ratios), 4),
+            "peak_gb": round(worker.peak_gb, 3),
+            "first_step": worker.first_terms,
+            **worker.about,
+        }
+    gflop = ours.about["gflop"]
+    return {
+        "cores": THREADS.value,
+        "rounds": len(ours.seconds),
+        "load": {"start": loads[0], "end": loads[1]},
+        "gflop_per_second": round(gflop / rows["ours"]["median_seconds"], 1),
+        "systems": rows,
+    }
+
+
+def main(argv):
+    """Take turns and print."""
+    del argv
+    cores = sorted(os.sched_getaffinity(0))[: THREADS.value]
+    os.sched_setaffinity(0, cores)  # before any thread pool is made; inherited
+    jax.config.update("jax_platforms", "cpu")
+    if WORKER.value is not None:
+        serve_ours(changed(CONFIG.value, WORKER.value))
+        return
+    loads = [os.getloadavg()[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        workers = start_workers(Path(folder))
+        for turn in range(ROUNDS.value + 1):
+            for worker in workers.values():
+                seconds = worker.step()
+                if turn:  # the first touches fresh memory
+                    worker.seconds.append(seconds)
+            latest = (f"{n} {w.seconds[-1]:.2f} s" for n, w in workers.items() if turn)
+            print(f"round {turn} of {ROUNDS.value}:", *latest, flush=True)
+        for worker in workers.values():
+            worker.close()
+    loads.append(os.getloadavg()[0])
+    result = summary(workers, [round(x, 2) for x in loads])
+    Path(JSON.value).write_text(json.dumps(result, indent=1) + "\n")
+    for name, row in result["systems"].items():
+        print(
+            f"{name:28} {row['median_seconds']:7.3f} s (least {row['min_seconds']:.3f})"
+            f", ours takes {row['ours_over_this']:.3f} of it, "
+            f"peak {row['peak_gb']:.2f} GB"
+        )
+    first = result["systems"]["ours"]["first_step"]
+    if "torch-reference" in result["systems"]:
+        other = result["systems"]["torch-reference"]["first_step"]
+        apart = {k: abs(first[k] / other[k] - 1) for k in TERMS}
+        print("first step, relative:", {k: f"{v:.1e}" for k, v in apart.items()})
+    print(f"load {result['load']}, {result['gflop_per_second']} GFLOP/s by formula")
+
+
+if __name__ == "__main__":
+    app.run(main)
