@@ -23,7 +23,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from einops import rearrange
 from ml_collections import config_flags
 
 from configs import pretrain_vits
+from experiments.benchmarks.turns import Worker, share_cores
 from ultradino_jax.feed import pipeline
 from ultradino_jax.interop.meta import dino_head_state, vit_state
 from ultradino_jax.plan import make_plan
@@ -153,39 +153,6 @@ def write_input(config, path: Path) -> None:
     np.savez(path, **arrays)
 
 
-class Worker:
-    """One system in its own process, a step per question."""
-
-    def __init__(self, command: list[str]):
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.about = self._answer()
-        self.seconds: list[float] = []
-        self.first_terms: dict[str, float] = {}
-        self.peak_gb = 0.0
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args} ended: {self.process.wait()}")
-        return json.loads(line)
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self.first_terms = self.first_terms or answer["terms"]
-        self.peak_gb = answer["peak_gb"]
-        return answer["seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def start_workers(folder: Path) -> dict[str, Worker]:
     """Every system asked for, ready to step; ours first."""
     ours = [sys.executable, "-m", "experiments.benchmarks.step", *sys.argv[1:]]
@@ -237,8 +204,7 @@ def summary(workers: dict[str, Worker], loads: list[float]) -> dict:
 def main(argv):
     """Take turns and print."""
     del argv
-    cores = sorted(os.sched_getaffinity(0))[: THREADS.value]
-    os.sched_setaffinity(0, cores)  # before any thread pool is made; inherited
+    share_cores(THREADS.value)
     jax.config.update("jax_platforms", "cpu")
     if WORKER.value is not None:
         serve_ours(changed(CONFIG.value, WORKER.value))
