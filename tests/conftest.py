@@ -50,30 +50,8 @@ def _tiny_config(**changes):
     """pretrain_smoke shrunk to seconds; changes are dotted keys."""
     from configs import pretrain_smoke
 
-    config = pretrain_smoke.get_config()
-    small = {
-        "batch_size": 8,
-        "groups": 8,
-        "epochs": 2,
-        "steps_per_epoch": 3,
-        "model.patch_size": 8,
-        "model.drop_path": 0.0,
-        "head.hidden_dim": 32,
-        "head.bottleneck_dim": 16,
-        "head.num_prototypes": 64,
-        "teacher.warmup_temp_epochs": 1.0,
-        "optim.warmup_epochs": 1.0,
-        "crops.global_size": 32,
-        "crops.local_size": 16,
-        "crops.num_local": 2,
-        "data.phantom_images": 24,
-        "data.phantom_size": (40, 48),
-        "log_every": 1,
-        "checkpoint_every": 2,
-        "knn.enabled": False,
-        "health.every": 0,
-    }
-    config.update_from_flattened_dict({**small, **changes})
+    config = pretrain_smoke.get_config("seconds")
+    config.update_from_flattened_dict(changes)
     return config
 
 
@@ -84,19 +62,6 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
-def tiny_flags(tiny_config):
-    """The tiny config as flags on top of pretrain_smoke."""
-    from configs import pretrain_smoke
-
-    base = dict(pretrain_smoke.get_config().iteritems(preserve_field_references=True))
-    flags = ["--config=configs/pretrain_smoke.py"]
-
-    def walk(now, before, prefix):
-        for key, value in now.items():
-            if hasattr(value, "items"):
-                walk(value, before[key], f"{prefix}{key}.")
-            elif value != before[key]:
-                flags.append(f"--config.{prefix}{key}={value}")
-
-    walk(tiny_config(), base, "")
-    return flags
+def tiny_flags():
+    """The tiny config as flags of main.py."""
+    return ["--config=configs/pretrain_smoke.py:seconds"]

@@ -15,7 +15,7 @@ def test_centering_equals_reference(golden):
     for step in range(3):
         np.testing.assert_allclose(center, g["center_seen_by_step"][step, 0], **CLOSE)
         logits = jnp.asarray(g["teacher_logits"][step])
-        probs = losses.teacher_probs(logits, center / temp, temp)
+        probs = jnp.exp(losses.teacher_log_probs(logits, center / temp, temp))
         np.testing.assert_allclose(probs, g["probs_centered"][step], **CLOSE)
         center = losses.update_center(center, logits.mean(0), g["center_momentum"])
     np.testing.assert_allclose(center, g["center_final"][0], **CLOSE)
@@ -25,7 +25,7 @@ def sinkhorn_probs(logits, weights, temp, chunks, **options):
     """Targets of logits [M,K] taken in so many chunks."""
     z, w = (losses.in_chunks(x[None], len(x) // chunks) for x in (logits, weights))
     offset = losses.sinkhorn_offset(lambda x: x, z, w, temp, **options)
-    return losses.teacher_probs(logits, offset, temp)
+    return jnp.exp(losses.teacher_log_probs(logits, offset, temp))
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -73,11 +73,11 @@ def test_ibot_loss_and_center_equal_reference(golden):
     teacher = jnp.asarray(g["teacher_logits"])
     weights = np.zeros((1, m), np.float32)
     weights[0, :n] = g["masks_weight"]
-    probs = losses.teacher_probs(teacher, jnp.zeros(96), temp)
+    probs = jnp.exp(losses.teacher_log_probs(teacher, jnp.zeros(96), temp))
     np.testing.assert_allclose(probs[:n], g["probs_step1"], **CLOSE)
     center = losses.update_center(jnp.zeros(96), teacher[:n].mean(0))
     np.testing.assert_allclose(center, g["center_after"][0, 0], **CLOSE)
-    second = losses.teacher_probs(teacher, center / temp, temp)
+    second = jnp.exp(losses.teacher_log_probs(teacher, center / temp, temp))
     np.testing.assert_allclose(second[:n], g["probs_step2"], **CLOSE)
     rows = len(g["masks"])
     student = jnp.asarray(g["student_logits"])[None]
@@ -104,4 +104,5 @@ def test_cross_entropy_and_entropy_equal_scipy():
     np.testing.assert_allclose(losses.cross_entropy(t, s), expected, rtol=1e-5)
     expected = -(t * np.log(t)).sum(-1)
     np.testing.assert_allclose(losses.entropy(jnp.asarray(t)), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.entropy_of_log(jnp.log(t)), expected, rtol=1e-5)
     assert losses.entropy(jnp.asarray([0.0, 1.0])) == 0

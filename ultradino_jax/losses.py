@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 
-def teacher_probs(teacher_logits, offset, teacher_temp):
-    """Targets softmax(z / tau_t - u): logits [..,K], offset u [K] -> [..,K].
+def teacher_log_probs(teacher_logits, offset, teacher_temp):
+    """Logarithm of the targets softmax(z / tau_t - u): logits [..,K], u [K] -> [..,K].
 
     With u = c / tau_t, c the center, eq. 1 of Caron et al. 2021 with the centering of
     section 3.1; with the u of `sinkhorn_offset`, the targets of Sinkhorn-Knopp.
     """
     z = teacher_logits.astype(jnp.float32)
-    return jax.nn.softmax(z / teacher_temp - offset, axis=-1)
+    return jax.nn.log_softmax(z / teacher_temp - offset, axis=-1)
 
 
 def update_center(center, batch_center, momentum: float = 0.9):
@@ -26,7 +26,7 @@ def update_center(center, batch_center, momentum: float = 0.9):
 
 
 def sinkhorn_offset(chunk_logits, chunks, weights, teacher_temp, num_iterations=3):
-    """The offset u [K] with which `teacher_probs` gives the Sinkhorn-Knopp targets.
+    """The offset u [K] with which `teacher_log_probs` gives the Sinkhorn-Knopp targets.
 
     chunk_logits(chunk) -> [W,..,K]; chunks: a tree of [n,W,..]; weights [n,W,..]: 1 for
     real rows, 0 for padding, which takes no part.
@@ -123,6 +123,11 @@ def koleo_loss(x):
 def entropy(probs):
     """Shannon entropy in nats over the last axis: [..,K] -> [..]."""
     return -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1)
+
+
+def entropy_of_log(log_probs):
+    """`entropy` of exp(log_probs): [..,K] -> [..]. No logarithm is taken."""
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
 
 def chunk_size(rows: int, wanted: int) -> int:

@@ -141,7 +141,10 @@ def dino_chunk(kernel, rows, targets, *, head, objective):
     features, (teacher_kernel, offset, teacher_temp, share) = targets
     logits = functools.partial(prototype_logits, dtype=head.dtype)
     views_first = functools.partial(rearrange, pattern="c v k -> 1 v c k")
-    probs = losses.teacher_probs(logits(features, teacher_kernel), offset, teacher_temp)
+    log_probs = losses.teacher_log_probs(
+        logits(features, teacher_kernel), offset, teacher_temp
+    )
+    probs = jnp.exp(log_probs)
     global_logits = logits(rows["global"], kernel)
     local_logits = None
     if rows["local"].shape[1]:
@@ -150,11 +153,12 @@ def dino_chunk(kernel, rows, targets, *, head, objective):
     local, across = losses.dino_loss(
         views_first(probs), views_first(global_logits), local_logits, temp
     )
+    student_entropy = losses.entropy_of_log(jax.nn.log_softmax(global_logits / temp))
     terms = {
         "dino_local": objective.dino_weight * local,
         "dino_global": objective.dino_weight * across,
-        "student_entropy": losses.entropy(jax.nn.softmax(global_logits / temp)).mean(),
-        "teacher_entropy": losses.entropy(probs).mean(),
+        "student_entropy": student_entropy.mean(),
+        "teacher_entropy": losses.entropy_of_log(log_probs).mean(),
         "teacher_mean": probs.mean(axis=(0, 1)),  # [K]
     }
     terms = {k: v * share for k, v in terms.items()}
@@ -169,7 +173,9 @@ def ibot_chunk(kernel, rows, targets, *, head, objective):
     """
     (features, weights), (teacher_kernel, offset, teacher_temp, num_crops) = targets
     logits = functools.partial(prototype_logits, dtype=head.dtype)
-    probs = losses.teacher_probs(logits(features, teacher_kernel), offset, teacher_temp)
+    probs = jnp.exp(
+        losses.teacher_log_probs(logits(features, teacher_kernel), offset, teacher_temp)
+    )
     ibot = objective.ibot_weight * losses.ibot_loss(
         probs[None], logits(rows, kernel)[None], weights[None], num_crops,
         student_temp=objective.student_temp,

@@ -9,6 +9,35 @@ import jax.numpy as jnp
 from ultradino_jax.models.vit import gelu, trunc_normal
 
 
+def _column_sums(x):
+    """[E,K] -> [K]. A product with ones: XLA's own sum over rows is far slower on a
+    CPU, 240 of 300 ms for the recipe's prototypes."""
+    return jnp.matmul(jnp.ones((1, x.shape[0])), x, precision="highest")[0]
+
+
+@jax.custom_vjp
+def weight_norm(v, g):
+    """g_k v_k / ||v_k||, column by column: [E,K], [K] -> [E,K].
+
+    Salimans and Kingma 2016, eq. 2; the backward pass is their eq. 3.
+    """
+    return _weight_norm_forward(v, g)[0]
+
+
+def _weight_norm_forward(v, g):
+    inverse = jax.lax.rsqrt(_column_sums(v * v))
+    return v * (g * inverse), (v, g, inverse)
+
+
+def _weight_norm_backward(kept, cotangent):
+    v, g, inverse = kept
+    dot = _column_sums(v * cotangent)
+    return cotangent * (g * inverse) - v * (dot * g * inverse**3), dot * inverse
+
+
+weight_norm.defvjp(_weight_norm_forward, _weight_norm_backward)
+
+
 class Prototypes(nn.Module):
     """Weight-normalised linear layer without bias, given as its kernel [E,K].
 
@@ -30,7 +59,7 @@ class Prototypes(nn.Module):
 
         v = self.param("v", uniform, (self.bottleneck_dim, self.num_prototypes))
         g = self.param("g", nn.initializers.ones, (self.num_prototypes,))
-        return v * (g * jax.lax.rsqrt(jnp.sum(v * v, axis=0)))
+        return weight_norm(v, g)
 
 
 def prototype_logits(features, kernel, dtype):
