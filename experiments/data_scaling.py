@@ -19,7 +19,6 @@ it stopped. The default takes about two hours on 2 cores, minutes on a GPU; --st
 
 import argparse
 import csv
-import json
 import os
 import sys
 import time
@@ -31,6 +30,7 @@ from absl import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.cells import claim  # noqa: E402
 from experiments.figures import new_figure, save_figure, write_rows  # noqa: E402
 
 SHOTS = 10
@@ -132,8 +132,8 @@ def fass_config(data: Path, args):
 
 def evaluated(kind: str, config, run: Path, folder: Path) -> dict:
     """results.json of an evaluation, run if it is not there."""
-    if (folder / "results.json").is_file():
-        return json.loads((folder / "results.json").read_text())
+    if (known := claim(folder, config, run)) is not None:
+        return known
     if kind == "classification":
         from ultradino_jax.evaluators.classification import evaluate
     else:
@@ -271,14 +271,19 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.out / "fass_data" / "fass").is_dir():
         LAYOUTS["fass"](args.out / "fass_data" / "fass", 30, 0, 128)
     rows = []
-    for size in sizes:
-        run = train(pretraining_config(size, args.steps), args.out / f"pretrain_{size}")
-        say(f"{size} images: pretrained for {args.steps} steps")
-        write_label_sets(run, args.out / "labels", args.patients, args.draws)
-        rows += figures_of(size, run, args.out, args, say)
-        write_rows(args.out / "data_scaling.csv", HEADER, rows)
-        (args.out / "data_scaling.md").write_text(markdown(rows))
-        draw(rows, args.out / "data_scaling", args.steps)
+    try:
+        for size in sizes:
+            run = train(
+                pretraining_config(size, args.steps), args.out / f"pretrain_{size}"
+            )
+            say(f"{size} images: pretrained for {args.steps} steps")
+            write_label_sets(run, args.out / "labels", args.patients, args.draws)
+            rows += figures_of(size, run, args.out, args, say)
+            write_rows(args.out / "data_scaling.csv", HEADER, rows)
+            (args.out / "data_scaling.md").write_text(markdown(rows))
+            draw(rows, args.out / "data_scaling", args.steps)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(markdown(rows))
 
 

@@ -13,7 +13,6 @@ interval. The same command goes on where it stopped.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from absl import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.cells import claim  # noqa: E402
 from experiments.figures import new_figure, save_figure, write_rows  # noqa: E402
 
 SHARES = {"10pct": 10, "25pct": 25, "50pct": 50, "full": 100}
@@ -129,10 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             for subset, percent in SHARES.items():
                 config, checkpoint = share_config(subset, args.data, system, args.smoke)
                 folder = args.out / name / subset
-                path = folder / "results.json"
-                if path.is_file():
-                    results = json.loads(path.read_text())
-                else:
+                results = claim(folder, config, checkpoint)
+                if results is None:
                     results = evaluate(config, checkpoint, folder, say=lambda _: None)
                 rows.append(point(name, percent, results))
                 left = (time.monotonic() - start) / len(rows) * (total - len(rows))

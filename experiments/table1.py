@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import fcntl
 import importlib
-import json
 import os
 import sys
 import time
@@ -33,7 +32,8 @@ from absl import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.table1_collect import REASON, RESULTS, cell_folder, collect  # noqa: E402
+from experiments.cells import claim  # noqa: E402
+from experiments.table1_collect import REASON, cell_folder, collect  # noqa: E402
 from experiments.table1_rows import (  # noqa: E402
     COLUMNS,
     ROWS,
@@ -104,20 +104,8 @@ def run_cell(args, row: Row, column: Column, say) -> None:
     folder = cell_folder(args.out, row, column)
     config = cell_config(args, row, column)
     checkpoint = find_weights(args.weights, row)
-    identity = {
-        "config": json.loads(config.to_json_best_effort()),
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-    }
-    record = folder / "cell.json"
-    if record.is_file() and json.loads(record.read_text()) != identity:
-        raise ValueError(
-            f"{folder} holds this cell with another config or checkpoint; give another "
-            "--out, or delete it"
-        )
-    if (folder / RESULTS).is_file():
+    if claim(folder, config, checkpoint) is not None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(identity, indent=1) + "\n")
     if config.task == "classification":
         from ultradino_jax.evaluators.classification import evaluate, load_dataset
     else:
@@ -135,8 +123,13 @@ def run_nnunet(args, config, folder: Path, say) -> None:
     """nnU-Net in its own environment on the cell's splits."""
     from ultradino_jax.interop import nnunet
 
-    smoke = args.preset == "phantom-smoke"
-    options = {"trainer": "nnUNetTrainer_1epoch", "device": "cpu"} if smoke else {}
+    options = {}
+    if args.preset == "phantom-smoke":
+        from experiments.table1_smoke import NNUNET_OPTIONS, NNUNET_VARIABLES
+
+        options = NNUNET_OPTIONS
+        for name, value in NNUNET_VARIABLES.items():
+            os.environ.setdefault(name, value)
     nnunet.export(config, folder, say=say)
     nnunet.run(folder, args.nnunet_bin, say=say, **options)
     nnunet.collect(folder, say=say)
