@@ -17,16 +17,19 @@
 # yours.
 
 # %%
-# On Colab: the address of the git repository; on a GPU runtime install ".[cuda]".
+# On Colab: put the address of the git repository here, the only line to change.
 REPOSITORY = ""
+EXTRAS = ""  # "[cuda]" on a GPU runtime
+
 import os
+import sys
 
 if os.path.exists("../setup.py"):  # started in notebooks/
     os.chdir("..")
-# !test -f setup.py || git clone -q $REPOSITORY ultradino_jax
+# !test -f setup.py || git clone -q "$REPOSITORY" ultradino_jax
 if os.path.isdir("ultradino_jax/.git"):
     os.chdir("ultradino_jax")
-# !pip install -q -e .
+# !{sys.executable} -m pip show -q ultradino_jax || {sys.executable} -m pip install -q -e ".$EXTRAS"
 
 # %%
 from pathlib import Path

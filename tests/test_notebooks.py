@@ -45,7 +45,7 @@ def test_pairs_hold_the_same_cells_and_no_output(path):
     assert squeezed == [line for line in body.splitlines() if line]
     code = [c for c in notebook["cells"] if c["cell_type"] == "code"]
     assert not any(c["outputs"] or c["execution_count"] for c in code)
-    assert "!pip install" in "".join(code[0]["source"])  # it opens with the install
+    assert "pip install" in "".join(code[0]["source"])  # it opens with the install
 
 
 @pytest.fixture(scope="module")
