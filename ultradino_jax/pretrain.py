@@ -105,26 +105,33 @@ class Objective:
         return (crops.astype(jnp.float32) / 255 - mean) / std
 
 
-def forward_crops(modules, objective, params, crops, masks=None, *, key=None):
-    """Backbone on crops [W,V,b,S,S,C] -> CLS [W,V,b,D] and patches [W,V*b*N,D].
+def forward_crops(modules, objective, params, *crops, masks=None, key=None):
+    """Backbone on crops [W,V,b,S,S,C], of one size or of several together.
 
-    With a key the pass is a training pass (drop path), without it a plain one.
+    Returns (CLS [W,V,b,D], patches [W,V*b*N,D]) for each size. masks [W,V,b,N] belong
+    to the first. With a key the pass is a training pass (drop path), without it a plain
+    one.
     """
-    w, v, b = crops.shape[:3]
-    images = rearrange(objective.normalise(crops), "w v b h x c -> (w v b) h x c")
+    w = crops[0].shape[0]
+    flat = "w v b ... -> (w v b) ..."
     if masks is not None:
-        masks = rearrange(masks, "w v b n -> (w v b) n")
-    out = modules.backbone.apply(
+        masks = rearrange(masks, flat)
+    images = tuple(rearrange(objective.normalise(c), flat) for c in crops)
+    outputs = modules.backbone.apply(
         {"params": params["backbone"]},
         images,
-        masks,
+        (masks, *[None] * (len(crops) - 1)),
         groups=w,
         train=key is not None,
         rngs=None if key is None else {"drop_path": key},
     )
-    cls_token = rearrange(out.cls_token, "(w v b) d -> w v b d", w=w, v=v, b=b)
-    patches = rearrange(out.patch_tokens, "(w r) n d -> w (r n) d", w=w)
-    return cls_token, patches
+    results = []
+    for crop, out in zip(crops, outputs, strict=True):
+        v, b = crop.shape[1:3]
+        cls_token = rearrange(out.cls_token, "(w v b) d -> w v b d", w=w, v=v, b=b)
+        patches = rearrange(out.patch_tokens, "(w r) n d -> w (r n) d", w=w)
+        results.append((cls_token, patches))
+    return results
 
 
 def gather_tokens(patch_tokens, mask_indices):
@@ -191,7 +198,7 @@ def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
     centering takes u from earlier steps only (the reference applies a batch's mean
     before its next use), Sinkhorn-Knopp from this batch.
     """
-    cls_token, patches = forward_crops(
+    [(cls_token, patches)] = forward_crops(
         modules, objective, teacher, batch["global_crops"]
     )
     _, g, b, _ = cls_token.shape
@@ -278,21 +285,17 @@ def student_features(modules, objective, student, batch, key):
     Returns (cls_token [W,G,b,D], rows of dino_chunk, rows of ibot_chunk), the rows cut
     into chunks [n,W,c,..].
     """
-    key_global, key_local = jax.random.split(key)
-    cls_token, patches = forward_crops(
+    crops = [batch["global_crops"], batch["local_crops"]]
+    outputs = forward_crops(
         modules,
         objective,
         student,
-        batch["global_crops"],
-        batch["masks"],
-        key=key_global,
+        *crops[: 1 + bool(crops[1].shape[1])],
+        masks=batch["masks"],
+        key=key,
     )
-    w, _, b, d = cls_token.shape
-    local_cls = jnp.zeros((w, 0, b, d))
-    if batch["local_crops"].shape[1]:
-        local_cls, _ = forward_crops(
-            modules, objective, student, batch["local_crops"], key=key_local
-        )
+    cls_token, patches = outputs[0]
+    local_cls = outputs[-1][0] if len(outputs) > 1 else cls_token[:, :0]
     images, masked = chunk_sizes(objective, batch)
     crops = {
         name: rearrange(

@@ -3,15 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ultradino_jax.interop.meta import dino_head_params, vit_params
+from ultradino_jax.models.block import pack, subset_residual, unpack
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
-from ultradino_jax.models.vit import (
-    ViT,
-    build_vit,
-    subset_residual,
-)
+from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
 
 SMALL = ViT(64, 3, 2, patch_size=16, image_size=64, num_registers=4)
@@ -117,11 +116,15 @@ def test_drop_path_runs_an_exact_subset_of_each_group():
     x = jnp.arange(24, dtype=jnp.float32).reshape(24, 1, 1)
     seen = []
 
-    def branch(y):
-        seen.append(y.shape[0])
-        return jnp.ones_like(y)
+    def branch(views):
+        seen.extend(y.shape[0] for y in views)
+        return tuple(map(jnp.ones_like, views))
 
-    out = subset_residual(x, branch, jax.random.key(1), rate=0.3, groups=2) - x
+    def update(key):
+        (out,) = subset_residual((x,), branch, [key], rate=0.3, groups=2)
+        return out - x
+
+    out = update(jax.random.key(1))
     per_group = np.asarray(out).reshape(2, 12)
     kept = int(12 * 0.7)
     assert seen == [2 * kept]
@@ -129,9 +132,7 @@ def test_drop_path_runs_an_exact_subset_of_each_group():
     assert (np.isclose(per_group, 0).sum(axis=1) == 12 - kept).all()
     # Each row's expected update is the branch itself.
     keys = jax.random.split(jax.random.key(2), 2000)
-    mean = jax.vmap(
-        lambda k: subset_residual(x, jnp.ones_like, k, rate=0.3, groups=2) - x
-    )(keys).mean(axis=0)
+    mean = jax.vmap(update)(keys).mean(axis=0)
     np.testing.assert_allclose(mean, 1.0, atol=0.06)
 
 
@@ -218,3 +219,52 @@ def test_bad_input_is_named():
         interpolate_pos_embed(
             jnp.zeros((1, 13, 4)), (2, 2), offset=0.0, antialias=False
         )
+
+
+def test_images_of_two_sizes_go_through_the_blocks_together(vit):
+    """The same outputs as one after the other, and the same gradients summed."""
+    _, variables = vit
+    rng = np.random.default_rng(0)
+    large = rng.normal(size=(4, 64, 64, 1)).astype(np.float32)
+    small = rng.normal(size=(6, 32, 32, 1)).astype(np.float32)
+    masks = rng.random((4, 16)) < 0.5
+
+    def together(variables):
+        return SMALL.apply(variables, (large, small), (masks, None), groups=2)
+
+    def apart(variables):
+        return SMALL.apply(variables, large, masks), SMALL.apply(variables, small)
+
+    def total(variables, forward):
+        return sum((out.prenorm**2).sum() for out in forward(variables))
+
+    for ours, theirs in zip(together(variables), apart(variables), strict=True):
+        for name in ("cls_token", "register_tokens", "patch_tokens"):
+            np.testing.assert_allclose(
+                getattr(ours, name), getattr(theirs, name), atol=1e-5
+            )
+    grads = [jax.grad(total)(variables, f) for f in (together, apart)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *grads
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=3),
+)
+def test_packing_keeps_every_group_to_itself(groups, sizes):
+    views = [
+        np.arange(groups * r * t, dtype=np.float32).reshape(groups * r, t, 1) + 100 * i
+        for i, (r, t) in enumerate(sizes)
+    ]
+    packed = pack(views, groups)
+    for ours, theirs in zip(
+        unpack(packed, [v.shape[:2] for v in views], groups), views, strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    if len(views) > 1:
+        for i, group in enumerate(np.asarray(packed)):
+            expected = [np.split(v, groups)[i].ravel() for v in views]
+            np.testing.assert_array_equal(group.ravel(), np.concatenate(expected))

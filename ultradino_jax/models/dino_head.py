@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ultradino_jax.models.vit import gelu, trunc_normal
+from ultradino_jax.models.block import gelu, trunc_normal
 
 
 def _column_sums(x):

@@ -17,13 +17,8 @@ import numpy as np
 from einops import rearrange
 from scipy.interpolate import make_interp_spline
 
-from ultradino_jax.models.vit import (
-    Attention,
-    Block,
-    ViTOutput,
-    image_patches,
-    trunc_normal,
-)
+from ultradino_jax.models.block import Attention, Block, trunc_normal
+from ultradino_jax.models.vit import ViTOutput, image_patches
 
 
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
