@@ -21,6 +21,6 @@ COPY ultradino_jax ultradino_jax
 
 # Images and results belong to the user who mounts them.
 RUN useradd --create-home --uid 1000 user && mkdir /runs && chown user /runs
-USER user
+USER 1000
 ENTRYPOINT ["python"]
 CMD ["main.py", "--config=configs/pretrain_smoke.py", "--workdir=/runs/smoke"]
