@@ -1,7 +1,9 @@
 # CUDA image:  docker build -t ultradino_jax .
-#              docker run --gpus all -v /data:/data -v /runs:/runs ultradino_jax \
-#                  main.py --config=configs/pretrain_vitb.py --workdir=/runs/vitb \
-#                  --config.data.root=/data
+#              docker run --gpus all --shm-size=16g -v /data:/data -v /runs:/runs \
+#                  ultradino_jax main.py --config=configs/pretrain_vitb.py \
+#                  --workdir=/runs/vitb --config.data.root=/data
+# Loader processes hand batches over in shared memory, of which Docker gives 64 MB by
+# default. /runs must be writable by user 1000, or add --user.
 # JAX brings its own CUDA libraries as wheels; the host needs the driver and the NVIDIA
 # container toolkit, nothing else. Without --gpus it runs on the CPU.
 FROM python:3.11-slim-bookworm
