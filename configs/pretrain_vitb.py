@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     c.loss.centering = "centering"  # [D] or 'sinkhorn_knopp'
     c.loss.center_momentum = 0.9  # [D]
     c.loss.sinkhorn_iterations = 3  # [D]
-    c.loss.chunk_rows = 2048  # [J] rows of logits in memory at once, per group
+    c.loss.chunk_rows = 1024  # [J] rows of logits in memory at once, per group
 
     c.teacher = ConfigDict()
     c.teacher.momentum = 0.992  # [D] cosine to

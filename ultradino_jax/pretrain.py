@@ -90,7 +90,7 @@ class Objective:
     centering: str = "centering"
     center_momentum: float = 0.9
     sinkhorn_iterations: int = 3
-    chunk_rows: int = 2048
+    chunk_rows: int = 1024
 
     def __post_init__(self):
         if self.centering not in ("centering", "sinkhorn_knopp"):
@@ -270,13 +270,23 @@ def mean_logits(features, real, kernel, dtype):
 
 
 def chunk_sizes(objective, batch):
-    """(images, masked patches) of a chunk: divisors of b and M."""
+    """(images, masked patches) of a chunk, as they divide b and the padded M."""
     _, g, b = batch["global_crops"].shape[:3]
     crops = g + batch["local_crops"].shape[1]
+    masked = batch["mask_indices"].shape[1]
     images = losses.chunk_size(b, objective.chunk_rows // crops)
-    return images, losses.chunk_size(
-        batch["mask_indices"].shape[1], objective.chunk_rows
-    )
+    return images, masked // -(-masked // objective.chunk_rows)
+
+
+def pad_mask_buffer(batch, chunk_rows: int):
+    """The batch with M grown to fill its chunks evenly; padding weighs 0."""
+    masked = batch["mask_indices"].shape[1]
+    more = -masked % -(-masked // chunk_rows)
+    padded = {
+        name: jnp.pad(batch[name], ((0, 0), (0, more)))
+        for name in ("mask_indices", "mask_weights")
+    }
+    return batch | padded
 
 
 def student_features(modules, objective, student, batch, key):
@@ -375,6 +385,7 @@ def make_train_step(
     """
 
     def loss_and_grads(state, batch, key):
+        batch = pad_mask_buffer(batch, objective.chunk_rows)
         temp = teacher_temp(state.step)
         *targets, centers = teacher_targets(
             modules, objective, state.teacher, state.centers, batch, temp

@@ -285,8 +285,10 @@ def _paint_labour(brush, rng, patient: Patient, progress: float):
     anatomy.maternal(brush, rng, 8.0, fluid=False)
     start, gain = rng.uniform(0, 0.6), rng.uniform(0.1, 0.5)
     shown = rng.choice(4, p=[0.15, 0.05, 0.2, 0.6])  # shares as in JNU-IFM
+    # Tilted, aside, either way round: a mean mask must not pass for a segmentation.
+    aside, tilt, flip = rng.normal(0, 6), rng.normal(0, 0.2), rng.choice([-1, 1])
     phantom_other.intrapartum(
-        brush,
+        brush.within(aside, 60, 1, tilt, flip),
         rng,
         start + gain * progress,
         symphysis=shown in (1, 3),

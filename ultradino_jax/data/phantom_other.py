@@ -155,17 +155,17 @@ def _nothing(brush, rng):
 def intrapartum(
     brush: Brush, rng, progress: float, symphysis: bool, head: bool
 ) -> None:
-    """Transperineal view in labour, in mm: pubic symphysis above, head below.
+    """Transperineal view in labour: pubic symphysis above, head below.
 
-    progress: 0..1, how far the head has come down past the symphysis; symphysis, head:
+    The brush's frame is in mm around a point between the two, y down. progress: 0..1, how far the head has come down past the symphysis; symphysis, head:
     which of the two the probe shows (JNU-IFM has frames with either, both and none).
     """
-    x, y = rng.uniform(-34, -22), rng.uniform(20, 30)
+    x, y = rng.uniform(-34, -22), rng.uniform(-40, -30)
     a, b = rng.uniform(14, 19), rng.uniform(5.5, 8)
     oval = ellipse(rng, x, y, a, b, rng.uniform(0.2, 0.9), 0.05)
     r = rng.uniform(36, 46)
     turn, shape = rng.uniform(-0.5, 0.8), rng.uniform(1.08, 1.2)
-    at = np.array([rng.uniform(-4, 6) + 16 * progress, 88 - 20 * progress])
+    at = np.array([rng.uniform(-4, 6) + 16 * progress, 28 - 20 * progress])
     skull = ellipse(rng, at[0], at[1], r * shape, r / shape, turn, 0.02)
     if head:
         brush.fill(at + (skull - at) * 1.07, Tissue(1, 0.15, 1.03))
