@@ -53,18 +53,18 @@ RULES = {
     ),
     "evaluators know nothing of training": (
         under("evaluators"),
-        [f"{P}.train", f"{P}.pretrain", f"{P}.plan"],
+        [f"{P}.{m}" for m in ("train", "pretrain", "objective", "plan")],
     ),
     "models own parameters and nothing else": (
         under("models"),
-        [f"{P}.{m}" for m in ("data", "train", "pretrain", "evaluators", "interop")],
+        [f"{P}.{m}" for m in ("data", "train", "objective", "evaluators", "interop")],
     ),
     "pure functions import no project module": (
         named("losses", "schedules", "tree", "writer"),
         [P],
     ),
     "the science does not see files, configs or loops": (
-        named("pretrain", "optimizer", "losses", "schedules", "sharding"),
+        named("objective", "pretrain", "optimizer", "losses", "schedules", "sharding"),
         ["ml_collections", f"{P}.train", f"{P}.plan", f"{P}.checkpoint", f"{P}.data"],
     ),
     "no telemetry, no network": (

@@ -7,8 +7,9 @@ from einops import rearrange
 from ultradino_jax.interop.meta import dino_head_params, vit_params
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.objective import Modules, Objective
 from ultradino_jax.optimizer import make_optimizer
-from ultradino_jax.pretrain import Modules, Objective, init_state, make_train_step
+from ultradino_jax.pretrain import init_state, make_train_step
 from ultradino_jax.tree import flat_names
 
 BACKBONE = ViT(32, 2, 2, patch_size=8, image_size=48)

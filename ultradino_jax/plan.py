@@ -16,8 +16,8 @@ from ultradino_jax.interop.load import load_backbone_file
 from ultradino_jax.models.dino_head import DINOHead, head_flops
 from ultradino_jax.models.vit import ViT, build_vit, forward_flops
 from ultradino_jax.normalization import NORMALIZATION
+from ultradino_jax.objective import Modules, Objective
 from ultradino_jax.optimizer import make_optimizer
-from ultradino_jax.pretrain import Modules, Objective
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
 

@@ -157,8 +157,9 @@ def intrapartum(
 ) -> None:
     """Transperineal view in labour: pubic symphysis above, head below.
 
-    The brush's frame is in mm around a point between the two, y down. progress: 0..1, how far the head has come down past the symphysis; symphysis, head:
-    which of the two the probe shows (JNU-IFM has frames with either, both and none).
+    The brush's frame is in mm around a point between the two, y down. progress: 0..1,
+    how far the head has come down past the symphysis; symphysis, head: which of the two
+    the probe shows (JNU-IFM has frames with either, both and none).
     """
     x, y = rng.uniform(-34, -22), rng.uniform(-40, -30)
     a, b = rng.uniform(14, 19), rng.uniform(5.5, 8)
