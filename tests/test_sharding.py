@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments.benchmarks.hlo import collectives
 from ultradino_jax import sharding
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.plan import make_plan
-from ultradino_jax.pretrain import init_state, make_train_step
+from ultradino_jax.pretrain import init_state
+from ultradino_jax.train import compiled_step
 from ultradino_jax.tree import flat_names
 
 
@@ -20,16 +22,7 @@ def run_steps(config, num_devices, fsdp, steps=3):
 
     shardings = sharding.state_shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=shardings)()
-    step = jax.jit(
-        make_train_step(
-            plan.modules,
-            plan.objective,
-            plan.optimizer,
-            teacher_temp=plan.schedules["teacher_temp"],
-            ema_momentum=plan.schedules["ema_momentum"],
-        ),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
+    step = compiled_step(config, plan, mesh, state)
     stream = build_pipeline(
         plan.source,
         plan.crops,
@@ -83,6 +76,11 @@ def test_eight_devices_equal_one(one_device, fsdp):
     else:
         kernel = other_state.opt_state[1].mu["backbone"]["blocks"]["mlp"]["fc1"]
         assert kernel["kernel"].sharding.spec == P(None, None, "fsdp")
+        # What is gathered are student and teacher, once each, and no activations.
+        gathered = [c for c in collectives(text, 8) if c.kind == "all-gather"]
+        params = jax.tree.leaves((other_state.student, other_state.teacher))
+        sent = sum(c.size * c.times for c in gathered)
+        assert 0 < sent <= 1.01 * sum(x.nbytes for x in params)
 
 
 def test_rules_are_total_and_name_what_does_not_fit():

@@ -59,6 +59,7 @@ def make_train_step(
     ema_momentum: Schedule,
     seed: int = 0,
     accum_steps: int = 1,
+    whole=lambda params: params,
 ):
     """Build train_step(state, batch) -> (state, metrics), pure and ready for jit.
 
@@ -66,6 +67,10 @@ def make_train_step(
     gradients. Every loss is a mean over groups, so the result equals the large batch,
     with one exception: Sinkhorn-Knopp normalises over the rows it sees, hence over a
     micro-batch. Raises ValueError (on tracing) when W is not divisible.
+
+    whole(params) puts parameters that are sharded over devices in one piece on each of
+    them. Used as shards, a product's sharding spreads into the activations, which are
+    then sent instead: some ten times the bytes, growing with the devices.
     """
 
     def loss_and_grads(state, batch, key):
@@ -106,7 +111,10 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         arrays = {k: v for k, v in batch.items() if k not in ("index", "bad")}
         gradients = accumulate if accum_steps > 1 else loss_and_grads
-        grads, centers, terms = gradients(state, arrays, key)
+        gathered = state.replace(
+            student=whole(state.student), teacher=whole(state.teacher)
+        )
+        grads, centers, terms = gradients(gathered, arrays, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         m = ema_momentum(state.step)

@@ -220,6 +220,7 @@ def compiled_step(config: ConfigDict, plan: Plan, mesh, state):
         ema_momentum=plan.schedules["ema_momentum"],
         seed=config.seed,
         accum_steps=config.accum_steps,
+        whole=lambda params: jax.lax.with_sharding_constraint(params, replicated(mesh)),
     )
     if config.nan.policy == "skip":
         step = skip_not_finite(step)
