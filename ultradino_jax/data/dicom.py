@@ -16,7 +16,7 @@ from .unreadable import Unreadable
 ULTRASOUND = ("US", "IVUS", "OT", "")
 # Transfer syntaxes that Pillow and pydicom alone cannot decode, by UID, and who can.
 _GDCM = "pip install python-gdcm"
-_EXTRA = "pip install ultradino_jax[dicom]"
+_EXTRA = "pip install -e '.[dicom]'"
 _12_BIT = "1.2.840.10008.1.2.4.51"
 _DECODERS = {
     _12_BIT: "12-bit JPEG: no permissive decoder",

@@ -111,7 +111,7 @@ def import_torch():
     except ImportError as error:
         raise ImportError(
             "reading or writing torch files needs torch: pip install "
-            "'ultradino_jax[interop]' (a .safetensors file needs nothing)"
+            "-e '.[interop]' in the repository (.safetensors needs nothing)"
         ) from error
     return torch
 

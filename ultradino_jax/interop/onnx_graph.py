@@ -25,7 +25,7 @@ def import_onnx():
         import onnx
     except ImportError as error:
         raise ImportError(
-            "ONNX export needs onnx: pip install 'ultradino_jax[interop]'"
+            "ONNX export needs onnx: pip install -e '.[interop]'"
         ) from error
     return onnx
 
