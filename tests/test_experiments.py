@@ -1,7 +1,9 @@
 """The paper's table and figures: what is run, what is skipped, what is written."""
 
+import ast
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +151,16 @@ def test_one_smoke_cell_from_nothing_and_its_resume(tmp_path, monkeypatch, capsy
     record.write_text(record.read_text().replace("ultradino_vits16", "another"))
     assert table1.main([*flags, "--rows=ultradino_vits16"]) == 1
     assert "another config or checkpoint" in capsys.readouterr().out
+
+
+def test_the_smoke_names_a_trainer_that_nnunet_will_find():
+    options, variables = table1_smoke.NNUNET_OPTIONS, table1_smoke.NNUNET_VARIABLES
+    (path,) = Path(variables["nnUNet_extTrainer"]).glob("*.py")
+    classes = [
+        n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)
+    ]
+    assert [c.name for c in classes] == [options["trainer"]]
+    assert int(variables["nnUNet_n_proc_DA"]) > 0  # its planner takes it for threads
 
 
 def test_pretraining_data_shows_the_papers_points(tmp_path):
