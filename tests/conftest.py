@@ -23,6 +23,13 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A process that keeps every program it compiled needs 5 GB by the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loader of the reference arrays: golden('vit') -> dict of numpy arrays."""
