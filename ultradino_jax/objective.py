@@ -274,17 +274,20 @@ def student_features(modules, objective, student, batch, key):
     Returns (cls_token [W,G,b,D], rows of dino_chunk, rows of ibot_chunk), the rows cut
     into chunks [n,W,c,..].
     """
-    crops = [batch["global_crops"], batch["local_crops"]]
-    outputs = forward_crops(
-        modules,
-        objective,
-        student,
-        *crops[: 1 + bool(crops[1].shape[1])],
-        masks=batch["masks"],
-        key=key,
-    )
+    forward = functools.partial(forward_crops, modules, objective, student)
+    large, small, masks = (batch[k] for k in ("global_crops", "local_crops", "masks"))
+    if small.shape[1] == 0:
+        outputs = forward(large, masks=masks, key=key)
+    elif large.shape[0] > 1:
+        # Together: a weight's gradient is one sum, sent between devices once.
+        outputs = forward(large, small, masks=masks, key=key)
+    else:
+        # One group is on one device. Packing is for nothing, and costs a CPU a fifth.
+        keys = jax.random.split(key)
+        outputs = forward(large, masks=masks, key=keys[0])
+        outputs += forward(small, key=keys[1])
     cls_token, patches = outputs[0]
-    local_cls = outputs[-1][0] if len(outputs) > 1 else cls_token[:, :0]
+    local_cls = outputs[1][0] if small.shape[1] else cls_token[:, :0]
     images, masked = chunk_sizes(objective, batch)
     crops = {
         name: rearrange(
