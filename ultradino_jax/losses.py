@@ -10,14 +10,19 @@ import jax
 import jax.numpy as jnp
 
 
-def teacher_log_probs(teacher_logits, offset, teacher_temp):
-    """Logarithm of the targets softmax(z / tau_t - u): logits [..,K], u [K] -> [..,K].
+def teacher_log_probs(teacher_logits, offsets, teacher_temp):
+    """Logarithm of the targets: logits [..,K], offsets u [I,K] -> [..,K].
 
-    With u = c / tau_t, c the center, eq. 1 of Caron et al. 2021 with the centering of
-    section 3.1; with the u of `sinkhorn_offset`, the targets of Sinkhorn-Knopp.
+    The targets are softmax(z / tau_t - sum_i u_i). With one row u = c / tau_t, c the
+    center, that is eq. 1 of Caron et al. 2021 with the centering of section 3.1; with
+    the rows of `sinkhorn_offsets`, the targets of Sinkhorn-Knopp.
     """
-    z = teacher_logits.astype(jnp.float32)
-    return jax.nn.log_softmax(z / teacher_temp - offset, axis=-1)
+    log_probs = teacher_logits.astype(jnp.float32) / teacher_temp
+    # One after the other: z / tau_t and the sum may both be near 100, where float32 has
+    # steps of 8e-6.
+    for offset in offsets:
+        log_probs = jax.nn.log_softmax(log_probs - offset, axis=-1)
+    return log_probs
 
 
 def update_center(center, batch_center, momentum: float = 0.9):
@@ -25,38 +30,36 @@ def update_center(center, batch_center, momentum: float = 0.9):
     return momentum * center + (1 - momentum) * batch_center
 
 
-def sinkhorn_offset(chunk_logits, chunks, weights, teacher_temp, num_iterations=3):
-    """The offset u [K] with which `teacher_log_probs` gives the Sinkhorn-Knopp targets.
+def sinkhorn_offsets(chunk_logits, chunks, weights, teacher_temp, num_iterations=3):
+    """Offsets u [I,K] with which `teacher_log_probs` gives the Sinkhorn-Knopp targets.
 
     chunk_logits(chunk) -> [W,..,K]; chunks: a tree of [n,W,..]; weights [n,W,..]: 1 for
     real rows, 0 for padding, which takes no part.
 
     Sinkhorn-Knopp scales columns, then rows, of exp(z/tau), `num_iterations` times. In
     the log domain (the reference exponentiates z/tau, which overflows float32 beyond
-    88) that is z/tau - u - v with u [K] the logsumexp of z/tau - v over rows and v the
-    logsumexp of z/tau - u over K. v is a function of u, so u is all there is to keep,
-    an iteration is one pass over the chunks, and the targets are softmax(z/tau - u).
+    88) iteration i subtracts u_i [K], the logsumexp over rows, and then from each row
+    its own logsumexp over K, which is what log_softmax does. So the u are all there is
+    to keep, and an iteration is one pass over the chunks.
     Source: DINOv2 `sinkhorn_knopp_teacher` (the scale factors it applies in between
     cancel, its last division is by column).
     """
     first = jax.tree.map(lambda x: x[0], chunks)
     shape = jax.eval_shape(chunk_logits, first).shape
-    offset = None
+    nothing = jnp.full((shape[0], shape[-1]), -jnp.inf)
+    offsets = []
     for _ in range(num_iterations):
 
-        def body(partial, chunk, offset=offset):
+        def body(partial, chunk, offsets=tuple(offsets)):
             rows, real = chunk
-            z = chunk_logits(rows) / teacher_temp
-            if offset is not None:
-                z = z - jax.nn.logsumexp(z - offset, axis=-1, keepdims=True)
+            z = teacher_log_probs(chunk_logits(rows), offsets, teacher_temp)
             z = jnp.where(real[..., None] > 0, z, -jnp.inf)
             z = jax.nn.logsumexp(z, axis=tuple(range(1, z.ndim - 1)))
             return jnp.logaddexp(partial, z), None
 
-        nothing = jnp.full((shape[0], shape[-1]), -jnp.inf)
         partial, _ = jax.lax.scan(body, nothing, (chunks, weights))  # [W,K]
-        offset = jax.nn.logsumexp(partial, axis=0)
-    return offset
+        offsets.append(jax.nn.logsumexp(partial, axis=0))
+    return jnp.stack(offsets)
 
 
 def cross_entropy(targets, student_logits, student_temp: float = 0.1):

@@ -122,13 +122,13 @@ def dino_chunk(kernel, rows, targets, *, head, objective):
     """DINO loss of c images of a group, as `losses.summed_over_chunks` wants it.
 
     rows: student features {'global' [c,G,E], 'local' [c,L,E]}; targets: (the teacher's
-    global features [c,G,E], (its kernel, offset [K], temperature, share c/b)).
+    global features [c,G,E], (its kernel, offsets [I,K], temperature, share c/b)).
     """
-    features, (teacher_kernel, offset, teacher_temp, share) = targets
+    features, (teacher_kernel, offsets, teacher_temp, share) = targets
     logits = functools.partial(prototype_logits, dtype=head.dtype)
     views_first = functools.partial(rearrange, pattern="c v k -> 1 v c k")
     log_probs = losses.teacher_log_probs(
-        logits(features, teacher_kernel), offset, teacher_temp
+        logits(features, teacher_kernel), offsets, teacher_temp
     )
     probs = jnp.exp(log_probs)
     global_logits = logits(rows["global"], kernel)
@@ -154,13 +154,15 @@ def dino_chunk(kernel, rows, targets, *, head, objective):
 def ibot_chunk(kernel, rows, targets, *, head, objective):
     """iBOT loss of c masked patches of a group: student features [c,E] -> (loss, aux).
 
-    targets: ((teacher features [c,E], weights [c]), (its kernel, offset [K],
+    targets: ((teacher features [c,E], weights [c]), (its kernel, offsets [I,K],
     temperature, number of crops of the group)).
     """
-    (features, weights), (teacher_kernel, offset, teacher_temp, num_crops) = targets
+    (features, weights), (teacher_kernel, offsets, teacher_temp, num_crops) = targets
     logits = functools.partial(prototype_logits, dtype=head.dtype)
     probs = jnp.exp(
-        losses.teacher_log_probs(logits(features, teacher_kernel), offset, teacher_temp)
+        losses.teacher_log_probs(
+            logits(features, teacher_kernel), offsets, teacher_temp
+        )
     )
     ibot = objective.ibot_weight * losses.ibot_loss(
         probs[None], logits(rows, kernel)[None], weights[None], num_crops,
@@ -173,9 +175,9 @@ def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
     """What the student is to predict, and the centers after this batch.
 
     Returns (dino, ibot, centers): `targets` of dino_chunk and ibot_chunk, their arrays
-    cut into chunks [n,W,c,..]. The probabilities are softmax(z/tau - u) in either mode;
-    centering takes u from earlier steps only (the reference applies a batch's mean
-    before its next use), Sinkhorn-Knopp from this batch.
+    cut into chunks [n,W,c,..]. The probabilities are softmax(z/tau - sum u) in either
+    mode; centering takes u from earlier steps only (the reference applies the mean of
+    a batch before its next use), Sinkhorn-Knopp from this batch.
     """
     [(cls_token, patches)] = forward_crops(
         modules, objective, teacher, batch["global_crops"]
@@ -199,7 +201,7 @@ def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
         kernel = kernel_of(head, params)
         if objective.centering == "sinkhorn_knopp":
             real = jnp.ones(chunks.shape[:-1]) if real is None else real
-            offset = losses.sinkhorn_offset(
+            offsets = losses.sinkhorn_offsets(
                 functools.partial(prototype_logits, kernel=kernel, dtype=head.dtype),
                 chunks,
                 real,
@@ -210,7 +212,7 @@ def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
             # The iBOT batch center is the mean over groups of each group's mean, not
             # weighted by how many patches a group masks (`ibot_patch_loss.py`).
             real = jnp.ones(features.shape[:-1]) if name == "dino" else weights > 0
-            offset = centers[name] / teacher_temp
+            offsets = centers[name][None] / teacher_temp
             centers = centers | {
                 name: losses.update_center(
                     centers[name],
@@ -218,7 +220,7 @@ def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
                     objective.center_momentum,
                 )
             }
-        parts[name] = kernel, offset, teacher_temp
+        parts[name] = kernel, offsets, teacher_temp
     dino = dino_chunks, (*parts["dino"], images / b)
     ibot = (ibot_chunks, weight_chunks), (*parts["ibot"], g * b)
     return dino, ibot, centers
