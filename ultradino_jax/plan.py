@@ -89,6 +89,19 @@ def phantom_source(config: ConfigDict) -> PhantomSource:
     )
 
 
+def make_source(config: ConfigDict):
+    """The images of a run: those of data.root, or the phantom when none is named."""
+    data = config.data
+    if data.render not in ("host", "device"):
+        raise ValueError(f"data.render {data.render!r} is none of host, device")
+    if data.root:
+        list_file = data.list_file or None
+        return open_source(data.root, list_file=list_file, channels=data.channels)
+    if data.list_file:
+        raise ValueError(f"data.list_file={data.list_file!r} needs data.root")
+    return phantom_source(config)
+
+
 def make_crops(config: ConfigDict) -> CropConfig:
     """The multi-crop recipe: a named style with the config's changes."""
     styles = {
@@ -221,16 +234,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     """Build and check everything. Raises ValueError or OSError, one line each."""
-    data = config.data
-    if data.root:
-        list_file = data.list_file or None
-        source = open_source(data.root, list_file=list_file, channels=data.channels)
-    elif data.list_file:
-        raise ValueError(f"data.list_file={data.list_file!r} needs data.root")
-    else:
-        source = phantom_source(config)
-    if data.render not in ("host", "device"):
-        raise ValueError(f"data.render {data.render!r} is none of host, device")
+    source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)
     modules = make_modules(config, start)
@@ -246,7 +250,7 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
             f"{groups} groups on {num_devices} devices cannot be cut into accum_steps "
             f"{config.accum_steps}: groups must be a multiple of their product"
         )
-    mean, std = normalization(data.normalization, source, data.channels)
+    mean, std = normalization(config.data.normalization, source, config.data.channels)
     steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
     if steps_per_epoch < 1:
         raise ValueError(

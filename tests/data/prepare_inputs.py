@@ -1,6 +1,8 @@
-"""Inputs that the prepare tests share: speckle fans on scanner screens, and DICOM."""
+"""What the prepare tests share: speckle fans on scanner screens, DICOM, an export."""
 
 import io
+import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,8 @@ from pydicom.uid import (
     UltrasoundImageStorage,
     generate_uid,
 )
+
+from ultradino_jax.prepare import prepare
 
 
 def fan(height=240, width=320, half_angle=0.6, seed=0):
@@ -97,3 +101,26 @@ def dicom(pixels, photometric="MONOCHROME2", jpeg=False, **tags):
 def encoded(pixels, extension=".png"):
     """A picture as the bytes of a file."""
     return cv2.imencode(extension, pixels)[1].tobytes()
+
+
+def run(inputs, output, **options):
+    return prepare(inputs, output, **{"workers": 0, "progress": False} | options)
+
+
+def contents(cache):
+    return {p.name: p.read_bytes() for p in sorted(Path(cache).rglob("*"))}
+
+
+def export(root, stills=10):
+    """A small export: stills, a cine loop, an archive, junk."""
+    (root / "series").mkdir(parents=True)
+    for seed in range(stills):
+        (root / "series" / f"{seed}.png").write_bytes(encoded(fan(seed=seed)[0]))
+    frames = np.stack([screen(*fan(seed=100 + k))[0] for k in range(6)])
+    (root / "loop").write_bytes(dicom(frames, FrameTime=400))
+    with zipfile.ZipFile(root / "more.zip", "w") as archive:
+        for seed in range(200, 240):
+            picture = fan(80, 110, seed=seed)[0]
+            archive.writestr(f"{seed}.png", encoded(picture))
+    (root / "notes.txt").write_text("hello")
+    return root

@@ -2,14 +2,8 @@ import csv
 import fcntl
 import io
 import json
-import multiprocessing
 import os
-import resource
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,18 +14,21 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from experiments.fuzz_prepare import fuzz
-from tests.data.prepare_inputs import dicom, encoded, fan, region_item, screen
+from tests.data.prepare_inputs import (
+    contents,
+    dicom,
+    encoded,
+    export,
+    fan,
+    region_item,
+    run,
+    screen,
+)
 from ultradino_jax.data.cache import INDEX, CacheSource, OutputError
 from ultradino_jax.data.phantom_dicom import write_dicom
-from ultradino_jax.data.prepare_file import MemberResult, Settings, Task, run_task
-from ultradino_jax.data.prepare_pool import run_in_order
 from ultradino_jax.data.prepare_scan import Key, scan
 from ultradino_jax.data.sources import open_source
-from ultradino_jax.prepare import lookup, main, prepare, write_hashes
-
-
-def run(inputs, output, **options):
-    return prepare(inputs, output, **{"workers": 0, "progress": False} | options)
+from ultradino_jax.prepare import lookup, main, write_hashes
 
 
 def skipped_lines(cache):
@@ -50,25 +47,6 @@ def skipped(cache, key=None, inputs=None):
     for line in lines:
         reasons.setdefault(line["reason"], []).append(names.get(line["id"], line))
     return reasons
-
-
-def contents(cache):
-    return {p.name: p.read_bytes() for p in sorted(Path(cache).rglob("*"))}
-
-
-def export(root, stills=10):
-    """A small export: stills, a cine loop, an archive, junk."""
-    (root / "series").mkdir(parents=True)
-    for seed in range(stills):
-        (root / "series" / f"{seed}.png").write_bytes(encoded(fan(seed=seed)[0]))
-    frames = np.stack([screen(*fan(seed=100 + k))[0] for k in range(6)])
-    (root / "loop").write_bytes(dicom(frames, FrameTime=400))
-    with zipfile.ZipFile(root / "more.zip", "w") as archive:
-        for seed in range(200, 240):
-            picture = fan(80, 110, seed=seed)[0]
-            archive.writestr(f"{seed}.png", encoded(picture))
-    (root / "notes.txt").write_text("hello")
-    return root
 
 
 def test_a_cache_from_an_export(tmp_path):
@@ -335,116 +313,6 @@ def test_excluded_images_never_enter(tmp_path):
         write_hashes(evaluation, hashes, workers=0)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An export and the bytes of an uninterrupted run over it."""
-    root = tmp_path_factory.mktemp("whole")
-    export(root / "in")
-    run(root / "in", root / "cache", key=root / "key", shard_records=9)
-    return root, contents(root / "cache")
-
-
-def test_bytes_do_not_depend_on_workers(whole, tmp_path):
-    root, want = whole
-    run(root / "in", tmp_path / "c", key=root / "key", shard_records=9, workers=2)
-    assert contents(tmp_path / "c") == want
-
-
-def prepare_and_die(inputs, output, key, at):
-    """Runs prepare and is killed just before it renames a file for the at-th time."""
-    left, rename = [at], os.replace
-
-    def replace(*names):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*names)
-
-    os.replace = replace
-    run(inputs, output, key=key, shard_records=9)
-
-
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 11, 20, 23])
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole, tmp_path, at):
-    root, want = whole
-    arguments = (root / "in", tmp_path / "c", root / "key", at)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=prepare_and_die, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    with pytest.raises(ValueError, match=r"no image|run prepare again|no manifest"):
-        CacheSource(tmp_path / "c")
-    run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
-    assert contents(tmp_path / "c") == want
-
-
-def test_killed_with_workers_it_leaves_no_process(whole, tmp_path):
-    root, want = whole
-    code = (
-        "from ultradino_jax.prepare import prepare\n"
-        f"prepare({str(root / 'in')!r}, {str(tmp_path / 'c')!r}, "
-        f"key={str(root / 'key')!r}, shard_records=9, workers=2)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    journal = tmp_path / "c" / ".work" / "00001.json"
-    while not journal.exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:  # the workers see the pipe close
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.01)
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError("a worker outlived its parent")
-    run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
-    assert contents(tmp_path / "c") == want
-
-
-def test_finished_caches_are_left_alone(whole, tmp_path):
-    root, want = whole
-    options = {"key": root / "key", "shard_records": 9}
-    before = {p: p.stat().st_mtime_ns for p in (root / "cache").iterdir()}
-    assert run(root / "in", root / "cache", **options)["records"] == 56
-    assert {p: p.stat().st_mtime_ns for p in (root / "cache").iterdir()} == before
-    with pytest.raises(ValueError, match="'short_side': 256.*'short_side': 64"):
-        run(root / "in", root / "cache", **options, short_side=64)
-    with pytest.raises(ValueError, match="inputs was"):
-        run(root / "in" / "series", root / "cache", **options)
-    assert contents(root / "cache") == want
-
-
-def limited(command, bytes_):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
-
-    return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
-
-
-def test_a_full_disk_is_one_line_and_can_be_made_good(whole, tmp_path):
-    root, want = whole
-    code = (
-        "import sys, ultradino_jax.prepare as p\n"
-        "from functools import partial\n"
-        "p.prepare = partial(p.prepare, shard_records=9)\n"
-        "sys.exit(p.main())"
-    )
-    command = [sys.executable, "-c", code, "--input", root / "in", "--workers", "1"]
-    command += ["--output", tmp_path / "c", "--key", root / "key"]
-    done = limited(command, 100_000)
-    assert done.returncode == 1
-    assert done.stderr.startswith("prepare: cannot write")
-    assert len(done.stderr.splitlines()) == 1
-    run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
-    assert contents(tmp_path / "c") == want
-
-
 def test_directories_that_do_not_fit(tmp_path):
     root = export(tmp_path / "in", 1)
     (tmp_path / "file").write_text("x")
@@ -486,57 +354,6 @@ def test_an_input_without_pictures_gives_an_empty_cache(tmp_path):
     manifest = run(tmp_path / "in", tmp_path / "d")
     assert (manifest["records"], manifest["shards"]) == (0, [])
     assert len(CacheSource(tmp_path / "d")) == 0
-
-
-def hostile(task, settings, emit):
-    """A run_task whose inputs hang, or end its process, by name."""
-    if task.name == "late":
-        emit("member", MemberResult(-1))
-        os._exit(1)
-    if task.stop is None:
-        emit("split", (4, 2, False))
-        return
-    for member in range(task.start, task.stop):
-        emit("beat", member)
-        if task.name == "hang" and member == 1:
-            time.sleep(60)
-        if task.name == "die" and member == 2:
-            os._exit(1)
-        emit("member", MemberResult(member))
-
-
-def test_processes_that_hang_or_die_cost_one_member():
-    names = ("fine", "hang", "die", "ok", "late")
-    tasks = [Task(i, "", name) for i, name in enumerate(names)]
-    results = run_in_order(tasks, Settings(), 2, 0.8, run=hostile)
-    got = [(entry, result.member, result.reason) for entry, result in results]
-    want = [(entry, member, "") for entry in range(4) for member in range(4)]
-    want[4 + 1] = (1, 1, "timeout")
-    want[8 + 2] = (2, 2, "worker_died")
-    want.append((4, -1, ""))
-    assert got == want
-    assert not multiprocessing.active_children()
-
-
-def test_stopping_early_ends_the_processes(tmp_path):
-    root = export(tmp_path / "in")
-    tasks = [Task(0, str(root / "more.zip"), "more.zip")] * 3
-    results = run_in_order(tasks, Settings(), 2, 20)
-    next(results)
-    results.close()
-    assert not multiprocessing.active_children()
-
-
-def test_archives_are_read_in_parts_that_resume(tmp_path):
-    root = export(tmp_path / "in")
-    task = Task(5, str(root / "more.zip"), "more.zip")
-    everything = [r.member for _, r in run_in_order([task], Settings(), 0, 9)]
-    assert everything == list(range(40))
-    rest = run_in_order([task._replace(start=33)], Settings(), 0, 9)
-    assert [(entry, r.member) for entry, r in rest] == [(5, m) for m in range(33, 40)]
-    events = []
-    run_task(task, Settings(), lambda *event: events.append(event))
-    assert events[-1] == ("split", (40, 32, False))
 
 
 def test_command_line(tmp_path, capsys):
