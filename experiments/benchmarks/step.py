@@ -41,7 +41,7 @@ from ultradino_jax.interop.meta import dino_head_state, vit_state
 from ultradino_jax.plan import make_plan
 from ultradino_jax.pretrain import init_state
 from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
-from ultradino_jax.train import compiled_step
+from ultradino_jax.train import compiled_step, executable
 
 PEERS = ("torch-reference", "lightly-train")
 TERMS = ("dino_local", "dino_global", "koleo", "ibot")
@@ -105,7 +105,8 @@ def serve_ours(config) -> None:
     )()
     batch = jax.device_put(fixed_batch(config, plan), batch_sharding(mesh))
     start = time.perf_counter()
-    step = compiled_step(config, plan, mesh, state).lower(state, batch).compile()
+    step = compiled_step(config, plan, mesh, state)
+    step = executable(step, (state, batch), lambda line: None)
     memory = step.memory_analysis()
     about = {
         "jax": jax.__version__,
