@@ -32,7 +32,7 @@ def test_a_healthy_run_raises_no_alarm():
 
 
 @pytest.fixture(scope="module")
-def planted(tiny_config, tmp_path_factory):
+def planted(one_device, tiny_config, tmp_path_factory):
     """One run whose teacher fails in phases: healthy, uniform, one-hot, too fast."""
     import ultradino_jax.plan as plan_module
     import ultradino_jax.train as module

@@ -311,7 +311,7 @@ def test_rendering_stays_within_a_device():
         np.testing.assert_array_equal(spread[name], alone[name])
 
 
-def test_training_on_canvases_and_its_resume(tiny_config, tmp_path):
+def test_training_on_canvases_and_its_resume(one_device, tiny_config, tmp_path):
     config = tiny_config(
         **{"data.render": "device", "data.canvas": 48, "steps_per_epoch": 2}
     )

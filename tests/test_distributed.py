@@ -1,45 +1,28 @@
 """Several processes of one run: the same losses, one checkpoint, one export."""
 
 import json
-import os
-import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from tests.processes import start_main
 from ultradino_jax.checkpoint import load_backbone
 
 ROOT = Path(__file__).parent.parent
 
 
 def start(workdir, flags, *, devices, coordinator=None, count=1, rank=0):
-    here = os.environ["XLA_FLAGS"]
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": re.sub(r"(count=)\d+", rf"\g<1>{devices}", here),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-    }
-    command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
     if coordinator:
-        command += [
+        flags = [
+            *flags,
             f"--coordinator={coordinator}",
             f"--num_processes={count}",
             f"--process_id={rank}",
         ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return start_main(workdir, *flags, devices=devices)
 
 
 def finish(*processes):

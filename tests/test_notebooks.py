@@ -55,7 +55,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_notebook_runs(path, workplace, monkeypatch):
+def test_notebook_runs(path, workplace, one_device, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     monkeypatch.chdir(workplace)

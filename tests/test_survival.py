@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 import ultradino_jax.train as module
+from tests.processes import ROOT, environment, start_main
 from ultradino_jax.checkpoint import Retention, RunCheckpoints
 from ultradino_jax.monitor import EXIT_PAUSED, RunPaused, RunStopped
 from ultradino_jax.train import train
 from ultradino_jax.watch import skip_not_finite
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_device")
 STEPS = 12
 
 
@@ -34,33 +35,17 @@ def long_run(tiny_config, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_config, tmp_path_factory):
+def whole(tiny_flags, tmp_path_factory):
     """metrics.jsonl of twelve steps that nothing happened to."""
-    workdir = train(long_run(tiny_config), tmp_path_factory.mktemp("whole") / "run")
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    run_to_its_end(workdir, *tiny_flags, "--config.epochs=4")
     return (workdir / "metrics.jsonl").read_bytes()
 
 
-def environment():
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-
-
-def main_command(workdir, flags):
-    return [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-
-
-def start(workdir, flags):
-    return subprocess.Popen(
-        main_command(workdir, flags),
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def run_to_its_end(workdir, *flags):
+    process = start_main(workdir, *flags)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
 
 
 def wait_for_steps(process, workdir, count):
@@ -90,7 +75,7 @@ def test_sigterm_two_processes_and_a_dead_worker(
     tiny_flags, tiny_config, whole, tmp_path
 ):
     workdir, flags = tmp_path / "run", [*tiny_flags, "--config.epochs=4"]
-    first = start(workdir, flags)
+    first = start_main(workdir, *flags)
     wait_for_steps(first, workdir, 3)
     with pytest.raises(RunStopped, match=rf"in use by process {first.pid} on .*wait"):
         train(long_run(tiny_config), workdir)
@@ -101,7 +86,7 @@ def test_sigterm_two_processes_and_a_dead_worker(
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert saved >= 3
     # Whatever it had reached, the worker of the next process dies at once.
-    second = start(workdir, [*flags, "--config.data.workers=1"])
+    second = start_main(workdir, *flags, "--config.data.workers=1")
     while not (workers := [p for p, c in children(second.pid).items() if "spawn" in c]):
         assert second.poll() is None, second.communicate()[0]
         time.sleep(0.01)
@@ -142,7 +127,7 @@ def test_a_worker_that_keeps_dying_stops_the_run(monkeypatch):
     assert len(said) == feeds.MAX_RESTARTS
 
 
-def test_sigusr1_and_a_clock_that_jumps(tiny_config, whole, tmp_path, monkeypatch):
+def test_sigusr1_and_a_clock_that_jumps(tiny_config, tmp_path, monkeypatch):
     """The wall clock is set by days between two steps of both processes."""
     from ultradino_jax.writer import Writer
 
@@ -166,7 +151,11 @@ def test_sigusr1_and_a_clock_that_jumps(tiny_config, whole, tmp_path, monkeypatc
     train(config, tmp_path / "run")
     monkeypatch.undo()
     assert offset == [-2 * 86400]
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == whole
+    train(config, tmp_path / "calm")
+    name = "metrics.jsonl"
+    assert (tmp_path / "run" / name).read_bytes() == (
+        tmp_path / "calm" / name
+    ).read_bytes()
     for row in lines(tmp_path / "run/timing.jsonl"):
         assert 0 < row["seconds_per_step"] < 3600 and 0 <= row["data_wait"] <= 1
 
@@ -196,7 +185,7 @@ out="$2"; shift 2; ulimit -f 8000; exec "$@" --workdir="$out"
 """
 
 
-def test_a_full_disk_keeps_the_last_good_step(tiny_config, tiny_flags, whole, tmp_path):
+def test_a_full_disk_keeps_the_last_good_step(tiny_flags, whole, tmp_path):
     """45 MB hold one checkpoint of 13 MB and the backbone, not all that follow."""
     flags = [*tiny_flags, "--config.epochs=4", "--config.keep_checkpoints=9"]
     program = [sys.executable, "main.py", *flags]
@@ -214,7 +203,7 @@ def test_a_full_disk_keeps_the_last_good_step(tiny_config, tiny_flags, whole, tm
     good = int(line.rpartition("last good checkpoint: step ")[2])
     kept = [p.name for p in (tmp_path / "run/checkpoints").iterdir()]
     assert str(good) in kept
-    train(long_run(tiny_config, keep_checkpoints=9), tmp_path / "run")
+    run_to_its_end(tmp_path / "run", *flags)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == whole
 
 

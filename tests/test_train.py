@@ -2,11 +2,8 @@
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from tests.processes import start_main
 from ultradino_jax.checkpoint import RunCheckpoints, checksum, load_backbone
 from ultradino_jax.data.phantom import render_phantom
 from ultradino_jax.train import RunStopped, train
@@ -160,32 +158,10 @@ def test_other_images_are_refused_on_resume(tiny_config, tmp_path):
         train(config, tmp_path / "run")
 
 
-def run_main(workdir, *flags, devices=1, **popen):
-    """main.py in a process of its own; stdout and stderr together."""
-    flags_here = os.environ["XLA_FLAGS"]
-    env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": re.sub(r"(count=)\d+", rf"\g<1>{devices}", flags_here),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
-    command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **popen,
-    )
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_flags, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("main") / "run"
-    process = run_main(workdir, *tiny_flags, "--config.epochs=5")
+    process = start_main(workdir, *tiny_flags, "--config.epochs=5")
     output = process.communicate()[0]
     assert process.returncode == 0, output
     return (workdir / "metrics.jsonl").read_bytes()
@@ -197,7 +173,7 @@ def test_kill_9_and_rerun_gives_the_same_bytes(
 ):
     flags = [*tiny_flags, "--config.epochs=5", f"--config.data.workers={workers}"]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    victim = run_main(tmp_path / "run", *flags, start_new_session=True)
+    victim = start_main(tmp_path / "run", *flags, start_new_session=True)
     # Any step will do; which one is left to the scheduler and to this draw.
     wanted = np.random.default_rng().integers(3, 12)
     while victim.poll() is None:
@@ -208,7 +184,7 @@ def test_kill_9_and_rerun_gives_the_same_bytes(
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
     assert metrics.read_bytes() != uninterrupted
-    second = run_main(tmp_path / "run", *flags)
+    second = start_main(tmp_path / "run", *flags)
     output = second.communicate()[0]
     assert second.returncode == 0, output
     assert "resumed from the checkpoint" in output
@@ -235,7 +211,7 @@ def test_real_frames_train_and_resume(tiny_flags, tmp_path):
     Image.fromarray(np.zeros((8, 40), np.uint8)).save(folder / "sliver.bmp")
     flags = [*tiny_flags, f"--config.data.root={folder.parent}"]
     flags += ["--config.data.max_bad_fraction=0.5"]
-    first = run_main(tmp_path / "run", *flags)
+    first = start_main(tmp_path / "run", *flags)
     output = first.communicate()[0]
     assert first.returncode == 0, output
     rows = lines(tmp_path / "run/metrics.jsonl")
@@ -246,7 +222,7 @@ def test_real_frames_train_and_resume(tiny_flags, tmp_path):
     assert {Path(name).name for name in bad} == {"truncated.jpg", "sliver.bmp"}
     assert "a side below 16" in bad["Ultraschall ä/sliver.bmp"]
     shutil.rmtree(tmp_path / "run/checkpoints/6")
-    again = run_main(tmp_path / "run", *flags)
+    again = start_main(tmp_path / "run", *flags)
     output = again.communicate()[0]
     assert again.returncode == 0, output
     assert "resumed from the checkpoint at step 4" in output
@@ -280,12 +256,12 @@ def test_a_prepared_cache_trains_and_resumes(tiny_config, tmp_path):
 def test_main_prints_one_line_for_bad_input(tiny_flags, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    process = run_main(tmp_path / "run", *tiny_flags, f"--config.data.root={empty}")
+    process = start_main(tmp_path / "run", *tiny_flags, f"--config.data.root={empty}")
     output = process.communicate()[0]
     assert process.returncode == 1
     assert output.strip().splitlines()[-1].startswith("error: no image (")
     assert "Traceback" not in output
-    process = run_main(tmp_path / "run", *tiny_flags, "--config.optim.lr=1")
+    process = start_main(tmp_path / "run", *tiny_flags, "--config.optim.lr=1")
     output = process.communicate()[0]
     assert process.returncode == 1
     assert output == "error: the config has no key 'optim.lr'\n"
@@ -422,7 +398,7 @@ def test_init_from_names_what_is_wrong(tiny_config, tmp_path):
 
 def test_a_run_goes_on_with_another_number_of_devices(finished, tiny_flags, tmp_path):
     workdir = interrupted(finished, tmp_path, 4)  # trained on eight
-    process = run_main(workdir, *tiny_flags, devices=1)
+    process = start_main(workdir, *tiny_flags, devices=1)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert "resumed from the checkpoint at step 4" in output
