@@ -213,6 +213,7 @@ def draw(rows: list[tuple], stem: Path, steps: int) -> None:
         panel.set_xscale("log")
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
+        panel.margins(y=0.35)  # room for the legend
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("pretraining images")
         panel.set_ylabel("mean Dice, %" if task == "fass" else "macro F1, %")
