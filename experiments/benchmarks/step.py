@@ -5,9 +5,11 @@
 
 ViT-S/16, 4 images of 2 x 224 + 8 x 96 pixels, 1 channel, 4 registers, 65,536
 prototypes, float32, drop path 0: the recipe with what differs in `step_config`. Every
-system is a process of its own on the same cores; they take turns, one step each per
-round, so that a busy machine slows all alike. The first round is left out. Prints
-medians, the median of each round's ratio, and every process's peak resident memory.
+system is a process of its own on the same cores; they take turns, so that a busy
+machine slows all alike: two steps each per round, of which the second counts (the first
+finds caches and memory taken by the one before), forwards and backwards through the
+list. The first round is left out. Prints medians, the median of each round's ratio, and
+every process's peak resident memory.
 
 - `--peer` torch-reference is torch_step.py's statement of DINOv2's step, with the same
   initial weights and batch; the losses of its first step are compared with ours.
@@ -214,7 +216,8 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         workers = start_workers(Path(folder))
         for turn in range(ROUNDS.value + 1):
-            for worker in workers.values():
+            for worker in list(workers.values())[:: -1 if turn % 2 else 1]:
+                worker.step()
                 seconds = worker.step()
                 if turn:  # the first touches fresh memory
                     worker.seconds.append(seconds)
