@@ -161,6 +161,8 @@ def test_sigusr1_and_a_clock_that_jumps(tiny_config, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_a_wait_for_data_but_not_twice():
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     signals = module.Signals()
     try:
         with pytest.raises(module.Interrupted), signals.waiting():
@@ -171,6 +173,7 @@ def test_a_signal_ends_a_wait_for_data_but_not_twice():
             signal.raise_signal(signal.SIGINT)
     finally:
         signals.close()
+        signal.signal(signal.SIGINT, before)
 
 
 FULL = """

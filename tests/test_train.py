@@ -402,6 +402,7 @@ def test_a_run_goes_on_with_another_number_of_devices(finished, tiny_flags, tmp_
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert "resumed from the checkpoint at step 4" in output
+    assert "GB per device: state and batch 0.01, temporaries 0." in output
     ours, theirs = (
         lines(workdir / "metrics.jsonl"),
         lines(finished[1] / "metrics.jsonl"),
