@@ -27,9 +27,9 @@ def main(argv):
     config = CONFIG.value
     try:
         if config.task == "classification":
-            from ultradino_jax.evaluators.classification import evaluate
+            from ultradino_jax.evaluators.classification.evaluate import evaluate
         elif config.task == "segmentation":
-            from ultradino_jax.evaluators.segmentation import evaluate
+            from ultradino_jax.evaluators.segmentation.evaluate import evaluate
         else:
             raise ValueError(f"config.task={config.task!r} is unknown")
         evaluate(config, CHECKPOINT.value, WORKDIR.value)

@@ -26,9 +26,9 @@ def guard(config):
     """What train() calls at a checkpoint of a run that continues from other weights."""
     if not (config.init_from and config.knn.guard):
         return None
-    from ultradino_jax.evaluators.phantom_knn import make_guard
-    from ultradino_jax.plan import phantom_source
-    from ultradino_jax.train import RunStopped
+    from ultradino_jax.health.phantom_knn import make_guard
+    from ultradino_jax.run.plan import phantom_source
+    from ultradino_jax.run.train import RunStopped
 
     check = make_guard(config.knn.patients, phantom_source(config), config.knn.guard)
 
@@ -63,15 +63,15 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     import jax
 
-    from ultradino_jax.monitor import EXIT_PAUSED, RunPaused, RunStopped
-    from ultradino_jax.plan import phantom_source
-    from ultradino_jax.train import train
+    from ultradino_jax.run.plan import phantom_source
+    from ultradino_jax.run.stops import EXIT_PAUSED, RunPaused, RunStopped
+    from ultradino_jax.run.train import train
 
     join_others()
     try:
         workdir = train(CONFIG.value, WORKDIR.value, guard(CONFIG.value))
         if CONFIG.value.knn.enabled and jax.process_index() == 0:
-            from ultradino_jax.evaluators.phantom_knn import phantom_knn
+            from ultradino_jax.health.phantom_knn import phantom_knn
 
             phantom_knn(
                 workdir, CONFIG.value.knn.patients, phantom_source(CONFIG.value)

@@ -32,7 +32,7 @@ DEFAULT = Path("runs/figures/attention")
 def load_images(folder: Path | None, count: int) -> tuple[list[str], list]:
     """(names, grey images uint8 [H,W,C]): of a folder, evenly spread, or phantoms."""
     if folder is None:
-        from ultradino_jax.data.phantom import render_phantom
+        from ultradino_jax.data.phantom.render import render_phantom
 
         # One of each plane: the first `count` of the six of patient 0.
         drawn = [render_phantom(i, size=(384, 512), settings=3) for i in range(count)]
@@ -47,7 +47,7 @@ def load_images(folder: Path | None, count: int) -> tuple[list[str], list]:
 
 def variants(backbone) -> dict[str, object]:
     """{label: backbone}: as it is and, where it has registers, without them."""
-    from ultradino_jax.evaluators.segmenter import usable_backbone
+    from ultradino_jax.evaluators.segmentation.segmenter import usable_backbone
 
     r = getattr(backbone.model, "num_registers", 0)
     as_is = {f"{r} registers": usable_backbone(backbone, "keep")}
@@ -62,7 +62,7 @@ def compute(backbone, images: list) -> dict[str, tuple]:
     Raises ValueError when the backbone keeps no attention maps.
     """
     from ultradino_jax.evaluators.features import Preprocess
-    from ultradino_jax.panels import attention_maps, pca_colours
+    from ultradino_jax.health.panels import attention_maps, pca_colours
 
     preprocess = Preprocess.of(backbone, antialias=True)
     pixels = np.stack([preprocess.resize(image) for image in images])

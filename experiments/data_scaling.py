@@ -135,9 +135,9 @@ def evaluated(kind: str, config, run: Path, folder: Path) -> dict:
     if (known := claim(folder, config, run)) is not None:
         return known
     if kind == "classification":
-        from ultradino_jax.evaluators.classification import evaluate
+        from ultradino_jax.evaluators.classification.evaluate import evaluate
     else:
-        from ultradino_jax.evaluators.segmentation import evaluate
+        from ultradino_jax.evaluators.segmentation.evaluate import evaluate
     return evaluate(config, run, folder, say=lambda text: None)
 
 
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--sizes={args.sizes!r} is not a list of numbers")
     logging.set_verbosity(logging.WARNING)
     from ultradino_jax.phantom import LAYOUTS
-    from ultradino_jax.train import train
+    from ultradino_jax.run.train import train
 
     start = time.monotonic()
 

@@ -22,7 +22,7 @@ import numpy as np
 from pydicom.data import get_testdata_file
 
 from ultradino_jax.data.cache import INDEX
-from ultradino_jax.data.restricted_pickle import load_npy_pickle
+from ultradino_jax.data.formats.restricted_pickle import load_npy_pickle
 from ultradino_jax.prepare import lookup, prepare
 
 _DICOM = (

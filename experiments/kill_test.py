@@ -33,7 +33,7 @@ def child(workdir: Path, cache: Path) -> None:
     import jax
 
     from configs import pretrain_smoke
-    from ultradino_jax.train import train
+    from ultradino_jax.run.train import train
 
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -46,7 +46,9 @@ def child(workdir: Path, cache: Path) -> None:
 def start(workdir: Path, cache: Path):
     """A child forked from a server that has done the imports, and no more."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ultradino_jax.train", "configs.pretrain_smoke"])
+    context.set_forkserver_preload(
+        ["ultradino_jax.run.train", "configs.pretrain_smoke"]
+    )
     process = context.Process(target=child, args=(workdir, cache))
     process.start()
     return process

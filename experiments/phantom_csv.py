@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ultradino_jax.data.phantom import render_phantom
-from ultradino_jax.evaluators.phantom_knn import FIRST_PATIENT, IMAGES_PER_PATIENT
+from ultradino_jax.data.phantom.render import render_phantom
+from ultradino_jax.health.phantom_knn import FIRST_PATIENT, IMAGES_PER_PATIENT
 
 
 def write_phantoms(run: Path, out: Path, patients: int) -> None:

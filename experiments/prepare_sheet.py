@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from pydicom.data import get_testdata_file
 
-from ultradino_jax.data.dicom import read_dicom
-from ultradino_jax.data.phantom_dicom import write_dicom
-from ultradino_jax.data.region import (
+from ultradino_jax.data.formats.dicom import read_dicom
+from ultradino_jax.data.phantom.dicom import write_dicom
+from ultradino_jax.data.prepare.region import (
     bmode_boxes,
     chroma,
     crop,

@@ -107,9 +107,15 @@ def run_cell(args, row: Row, column: Column, say) -> None:
     if claim(folder, config, checkpoint) is not None:
         return
     if config.task == "classification":
-        from ultradino_jax.evaluators.classification import evaluate, load_dataset
+        from ultradino_jax.evaluators.classification.evaluate import (
+            evaluate,
+            load_dataset,
+        )
     else:
-        from ultradino_jax.evaluators.segmentation import evaluate, load_dataset
+        from ultradino_jax.evaluators.segmentation.evaluate import (
+            evaluate,
+            load_dataset,
+        )
 
     with one_at_a_time(args.data / "prepared"):
         load_dataset(config.data)
@@ -121,7 +127,7 @@ def run_cell(args, row: Row, column: Column, say) -> None:
 
 def run_nnunet(args, config, folder: Path, say) -> None:
     """nnU-Net in its own environment on the cell's splits."""
-    from ultradino_jax.interop import nnunet
+    from ultradino_jax.evaluators.segmentation import nnunet
 
     options = {}
     if args.preset == "phantom-smoke":

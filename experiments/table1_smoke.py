@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.table1_rows import ROWS, Column, Row
-from ultradino_jax.interop.safetensors import write_safetensors
 from ultradino_jax.phantom import LAYOUTS
+from ultradino_jax.weights.safetensors import write_safetensors
 
 WIDTH, DEPTH, HEADS, GRID = 128, 4, 4, 6
 # Patients and pixels of the longer side of each set.

@@ -37,7 +37,7 @@ from pathlib import Path
 from configs import pretrain_smoke
 from ultradino_jax.phantom import LAYOUTS
 from ultradino_jax.prepare import prepare
-from ultradino_jax.train import train
+from ultradino_jax.run.train import train
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 INPUT, CACHE, RUN = "runs/notebook_images", "runs/notebook_cache", "runs/notebook_own"

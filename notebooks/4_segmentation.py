@@ -34,9 +34,9 @@ if os.path.isdir("ultradino_jax/.git"):
 from pathlib import Path
 
 from configs import fass, pretrain_smoke
-from ultradino_jax.evaluators.segmentation import evaluate
+from ultradino_jax.evaluators.segmentation.evaluate import evaluate
 from ultradino_jax.phantom import LAYOUTS
-from ultradino_jax.train import train
+from ultradino_jax.run.train import train
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 CHECKPOINT, DOWNLOAD = "runs/notebook", "runs/notebook_fass"

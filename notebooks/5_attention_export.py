@@ -35,12 +35,12 @@ from pathlib import Path
 import numpy as np
 
 from configs import pretrain_smoke
-from ultradino_jax.data.phantom import render_phantom
+from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.load import load_any_backbone
 from ultradino_jax.export import export
-from ultradino_jax.panels import attention_maps, pca_colours
-from ultradino_jax.train import train
+from ultradino_jax.health.panels import attention_maps, pca_colours
+from ultradino_jax.run.train import train
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 CHECKPOINT = "runs/notebook"

@@ -18,8 +18,8 @@ from experiments import (
 )
 from experiments.table1_collect import cell_folder, collect
 from experiments.table1_rows import COLUMNS, NOTES, ROWS
-from ultradino_jax.interop.load import load_backbone_file
-from ultradino_jax.interop.safetensors import write_safetensors
+from ultradino_jax.weights.load import load_backbone_file
+from ultradino_jax.weights.safetensors import write_safetensors
 
 BY_NAME = {row.name: row for row in ROWS}
 

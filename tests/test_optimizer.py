@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from ultradino_jax import optimizer
-from ultradino_jax.interop.meta import dino_head_params, vit_params
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.meta import dino_head_params, vit_params
 
 
 def as_tree(names, values):

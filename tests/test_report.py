@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ultradino_jax import curves
-from ultradino_jax.panels import png
+from ultradino_jax.health import curves
+from ultradino_jax.health.panels import png
 from ultradino_jax.report import main, report
 
 HEALTHY = Path(__file__).parent / "healthy_run"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ultradino_jax.checkpoint import Backbone
-from ultradino_jax.evaluators.segmenter import (
+from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
     initial_variables,
     load_segmenter,

@@ -6,9 +6,9 @@ from jax.sharding import PartitionSpec as P
 from experiments.benchmarks.hlo import collectives
 from ultradino_jax import sharding
 from ultradino_jax.data.pipeline import build_pipeline
-from ultradino_jax.plan import make_plan
-from ultradino_jax.pretrain import init_state
-from ultradino_jax.train import compiled_step
+from ultradino_jax.pretraining.step import init_state
+from ultradino_jax.run.plan import make_plan
+from ultradino_jax.run.train import compiled_step
 from ultradino_jax.tree import flat_names
 
 

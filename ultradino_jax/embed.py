@@ -27,7 +27,7 @@ from ultradino_jax.checkpoint import Backbone
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
-from ultradino_jax.interop.load import load_backbone_file
+from ultradino_jax.weights.load import load_backbone_file
 
 TOKENS = ("cls", "mean", "patch")
 SUFFIXES = (".npz", ".parquet")

@@ -22,20 +22,20 @@ import numpy as np
 
 from ultradino_jax.checkpoint import Backbone, params_digest
 from ultradino_jax.data.sources import PhantomSource, open_source
-from ultradino_jax.evaluators.classifier import Classifier
+from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.trained import load_trained
-from ultradino_jax.interop.card import model_card, task_card
-from ultradino_jax.interop.load import load_backbone_file, with_channels
-from ultradino_jax.interop.onnx_graph import to_channels_first
-from ultradino_jax.interop.run import run_facts, run_heads
-from ultradino_jax.interop.save import FORMATS, TARGETS, target_model, write
-from ultradino_jax.interop.save_tasks import (
+from ultradino_jax.exports.backbones import FORMATS, TARGETS, target_model, write
+from ultradino_jax.exports.card import model_card, task_card
+from ultradino_jax.exports.heads import run_facts, run_heads
+from ultradino_jax.exports.onnx_backbone import to_channels_first
+from ultradino_jax.exports.tasks import (
     load_task,
     task_logits,
     task_target,
     write_task,
 )
+from ultradino_jax.weights.load import load_backbone_file, with_channels
 
 TOLERANCE = 1e-4  # of the largest feature, or absolute where features are below one
 BATCHES = (1, 5, 2)  # sizes in which the target library sees the images

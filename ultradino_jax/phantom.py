@@ -13,15 +13,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.data import phantom_layouts as layouts
-from ultradino_jax.data.phantom import (
+from ultradino_jax.data.phantom import layouts
+from ultradino_jax.data.phantom.dicom import write_dicom
+from ultradino_jax.data.phantom.render import (
     FASS_STRUCTURES,
     JNU_STRUCTURES,
     PLANES,
     PhantomImage,
     render_phantom,
 )
-from ultradino_jax.data.phantom_dicom import write_dicom
 
 LAYOUTS = {
     "fetal_planes": layouts.write_fetal_planes,

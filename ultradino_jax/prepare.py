@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .data import archives
-from .data.cache import ENCODINGS, OutputError, write_whole
-from .data.cache_build import DEDUP, CacheBuilder
-from .data.dedup import ExcludeList, format_hashes
-from .data.prepare_file import MemberResult, Settings, Task
-from .data.prepare_pool import run_in_order
-from .data.prepare_scan import Entry, Key, scan
-from .data.readers import HEAD, kind_of
+from ultradino_jax.data.cache import ENCODINGS, OutputError, write_whole
+from ultradino_jax.data.formats import archives
+from ultradino_jax.data.formats.readers import HEAD, kind_of
+from ultradino_jax.data.prepare.build import DEDUP, CacheBuilder
+from ultradino_jax.data.prepare.dedup import ExcludeList, format_hashes
+from ultradino_jax.data.prepare.file import MemberResult, Settings, Task
+from ultradino_jax.data.prepare.pool import run_in_order
+from ultradino_jax.data.prepare.scan import Entry, Key, scan
 
 _EVERY_SECONDS = 5.0
 

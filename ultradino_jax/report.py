@@ -12,9 +12,9 @@ import time
 from html import escape
 from pathlib import Path
 
-from ultradino_jax.alarms import read_rows
-from ultradino_jax.curves import chart
-from ultradino_jax.writer import format_duration
+from ultradino_jax.health.alarms import read_rows
+from ultradino_jax.health.curves import chart
+from ultradino_jax.run.writer import format_duration
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.
 CHARTS = (

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.evaluators.progress import Progress
-from ultradino_jax.evaluators.segmentation_results import overlay
-from ultradino_jax.evaluators.segmenter import Segmenter, load_segmenter
+from ultradino_jax.evaluators.segmentation.results import overlay
+from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
 
 MODES = ("resize", "window")
 

@@ -14,15 +14,15 @@ from jax.experimental import topologies
 
 from ultradino_jax.data.crops import NUM_GLOBAL
 from ultradino_jax.data.masking import mask_buffer_length
-from ultradino_jax.plan import Plan, make_plan
-from ultradino_jax.pretrain import init_state
+from ultradino_jax.pretraining.step import init_state
+from ultradino_jax.run.plan import Plan, make_plan
+from ultradino_jax.run.train import compiled_step
 from ultradino_jax.sharding import (
     abstract_with,
     batch_sharding,
     make_mesh,
     state_shardings,
 )
-from ultradino_jax.train import compiled_step
 
 # What XLA asks a driver for; the figures of an H100 SXM.
 H100 = """

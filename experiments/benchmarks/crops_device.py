@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import skimage.data
 
-from ultradino_jax.crops import render
 from ultradino_jax.data.canvas import place_on_canvas
 from ultradino_jax.data.crops import CropConfig, render_crops, sample_crops
-from ultradino_jax.data.phantom import render_phantom
+from ultradino_jax.data.phantom.render import render_phantom
+from ultradino_jax.pretraining.device_crops import render
 
 CANVAS = 384
 OFF = {

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from experiments.benchmarks.ahead import devices_of, lower_step, prepare_environment
 from experiments.benchmarks.hlo import collectives
-from ultradino_jax.plan import vit_name
+from ultradino_jax.run.plan import vit_name
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_vitb.py")
 REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "settings of model.remat")

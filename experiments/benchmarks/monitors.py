@@ -2,11 +2,11 @@
 
     python -m experiments.benchmarks.monitors --config=configs/pretrain_smoke.py
 
-Two compiled steps, with and without the numbers of `ultradino_jax/watch.py`, take turns
-on the same batch, so that a busy machine slows both alike; medians are compared. Then
-the probe is run twice: the first time it also reads its images and compiles. Prints
-one JSON line. `--every` and `--total` are the cadence and the length that the cost is
-spread over (default: the recipe's, configs/pretrain_vitb.py).
+Two compiled steps, with and without the numbers of pretraining/diagnostics.py,
+take turns on the same batch, so that a busy machine slows both alike; medians are
+compared. Then the probe is run twice: the first time it also reads its images and
+compiles. Prints one JSON line. `--every` and `--total` are the cadence and the length
+that the cost is spread over (default: the recipe's, configs/pretrain_vitb.py).
 """
 
 import json
@@ -20,15 +20,15 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from ultradino_jax import pretrain
 from ultradino_jax.checkpoint import Retention
-from ultradino_jax.doctor import Doctor
-from ultradino_jax.feed import pipeline
-from ultradino_jax.plan import make_plan
+from ultradino_jax.health.checkups import Doctor
+from ultradino_jax.pretraining import step as pretrain
+from ultradino_jax.pretraining.diagnostics import watch
+from ultradino_jax.run.feed import pipeline
+from ultradino_jax.run.plan import make_plan
+from ultradino_jax.run.train import teacher_of
+from ultradino_jax.run.writer import Writer
 from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
-from ultradino_jax.train import teacher_of
-from ultradino_jax.watch import watch
-from ultradino_jax.writer import Writer
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_smoke.py")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "timed steps of each kind")

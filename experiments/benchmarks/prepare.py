@@ -19,7 +19,7 @@ import cv2
 import grain
 import numpy as np
 
-from tests.data.prepare_inputs import dicom
+from tests.data.prepare.inputs import dicom
 from ultradino_jax.data.cache import (
     FORMAT,
     INDEX,
@@ -28,7 +28,7 @@ from ultradino_jax.data.cache import (
     encode,
     write_shard,
 )
-from ultradino_jax.data.phantom import render_phantom
+from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.prepare import prepare
 
 SIZE = (768, 1024)

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.checkpoint import Backbone
-from ultradino_jax.evaluators.segmentation_train import (
+from ultradino_jax.evaluators.segmentation.segmenter import (
+    Segmenter,
+    initial_variables,
+    with_drop_path,
+)
+from ultradino_jax.evaluators.segmentation.train import (
     Pairs,
     SegmentationState,
     make_optimizer,
     pair_batches,
     train_step,
-)
-from ultradino_jax.evaluators.segmenter import (
-    Segmenter,
-    initial_variables,
-    with_drop_path,
 )
 from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import build_vit

@@ -38,12 +38,12 @@ from ml_collections import config_flags
 
 from configs import pretrain_vits
 from experiments.benchmarks.turns import Worker, share_cores
-from ultradino_jax.feed import pipeline
-from ultradino_jax.interop.meta import dino_head_state, vit_state
-from ultradino_jax.plan import make_plan
-from ultradino_jax.pretrain import init_state
+from ultradino_jax.pretraining.step import init_state
+from ultradino_jax.run.feed import pipeline
+from ultradino_jax.run.plan import make_plan
+from ultradino_jax.run.train import compiled_step, executable
 from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
-from ultradino_jax.train import compiled_step, executable
+from ultradino_jax.weights.meta import dino_head_state, vit_state
 
 PEERS = ("torch-reference", "lightly-train")
 TERMS = ("dino_local", "dino_global", "koleo", "ibot")

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 import pytest
 
-from tests.data.prepare_inputs import fan
+from tests.data.prepare.inputs import fan
 from ultradino_jax.data.cache import (
     FORMAT,
     INDEX,

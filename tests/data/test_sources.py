@@ -200,9 +200,9 @@ def fake_phantom(monkeypatch):
         pixels = rng.integers(0, 256, size, dtype=np.uint8)
         return types.SimpleNamespace(image=pixels, label=0, patient=0)
 
-    module = types.ModuleType("ultradino_jax.data.phantom")
+    module = types.ModuleType("ultradino_jax.data.phantom.render")
     module.render_phantom = render_phantom
-    monkeypatch.setitem(sys.modules, "ultradino_jax.data.phantom", module)
+    monkeypatch.setitem(sys.modules, "ultradino_jax.data.phantom.render", module)
     return calls
 
 

@@ -50,7 +50,7 @@ def tiny_backbone(registers: int):
 
 def write(folder: Path) -> None:
     """FOLDER/registersN with an export each."""
-    from ultradino_jax.interop.save import write as write_files
+    from ultradino_jax.exports.backbones import write as write_files
 
     for registers in REGISTERS:
         out = folder / f"registers{registers}"

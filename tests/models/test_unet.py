@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.interop.meta import nest
 from ultradino_jax.models.multiresunet import MultiResUNet, block_widths
 from ultradino_jax.models.unet import UNet, pad_to_multiple
 from ultradino_jax.models.unetr import UNETR, default_states
 from ultradino_jax.tree import flat_names, map_with_name
+from ultradino_jax.weights.meta import nest
 
 SCRIPT = Path(__file__).parent.parent / "golden" / "make_monai_nets.py"
 SMALL_UNETR = dict(image_size=32, width=2, embed_dim=16, num_heads=2, depth=3)

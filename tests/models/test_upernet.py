@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.evaluators.segmentation_loss import cross_entropy, dice_loss
-from ultradino_jax.interop.meta import nest, vit_params
+from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.models.upernet import (
     POOL_SCALES,
     Neck,
@@ -24,6 +23,7 @@ from ultradino_jax.models.upernet import (
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.meta import nest, vit_params
 
 VIT = ViT(48, 4, 3, patch_size=16, image_size=64, num_registers=0, layerscale=1.0)
 MODEL = UperNet(VIT, num_classes=4, taps=(0, 1, 2, 3), channels=16)

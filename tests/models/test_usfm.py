@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.interop.usfm import usfm_params
 from ultradino_jax.models.usfm import (
     USFM,
     _source_axis,
@@ -13,6 +12,7 @@ from ultradino_jax.models.usfm import (
     resize_table,
     table_resize_matrix,
 )
+from ultradino_jax.weights.usfm import usfm_params
 
 TINY = USFM(48, 3, 3, image_size=64)
 

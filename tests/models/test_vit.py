@@ -6,12 +6,12 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultradino_jax.interop.meta import dino_head_params, vit_params
 from ultradino_jax.models.block import pack, subset_residual, unpack
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.meta import dino_head_params, vit_params
 
 SMALL = ViT(64, 3, 2, patch_size=16, image_size=64, num_registers=4)
 

@@ -202,7 +202,7 @@ class CacheSource:
         return f"CacheSource({str(self._root)!r}, channels={self._channels})"
 
     def __getitem__(self, position: int) -> np.ndarray:
-        from .sources import BadImage  # sources imports this module
+        from ultradino_jax.data.sources import BadImage  # sources imports this module
 
         try:
             pixels = self._shards.pixels(position)

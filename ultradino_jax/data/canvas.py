@@ -7,7 +7,7 @@ images are. The image lies in the upper left corner, the rest is zero and never 
 import cv2
 import numpy as np
 
-from .crops import CropDecisions
+from ultradino_jax.data.crops import CropDecisions
 
 
 def place_on_canvas(

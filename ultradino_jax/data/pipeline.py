@@ -29,10 +29,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from .canvas import place_on_canvas
-from .crops import NUM_GLOBAL, CropConfig, render_crops, sample_crops
-from .masking import sample_masks
-from .sources import BadImage
+from ultradino_jax.data.canvas import place_on_canvas
+from ultradino_jax.data.crops import NUM_GLOBAL, CropConfig, render_crops, sample_crops
+from ultradino_jax.data.masking import sample_masks
+from ultradino_jax.data.sources import BadImage
 
 MAX_BAD = 4
 CROPS = ("global_crops", "local_crops")

@@ -209,7 +209,7 @@ class PhantomSource:
         return f"phantom/{height}x{width}/seed{self.seed}/{world}{index}"
 
     def __getitem__(self, index: int) -> np.ndarray:
-        from .phantom import render_phantom
+        from ultradino_jax.data.phantom.render import render_phantom
 
         _check_index(index, len(self))
         if index not in self._rendered:
@@ -250,7 +250,7 @@ def open_source(
         chosen = inside if inside.is_file() else Path(list_file)
         return ListSource(chosen, folder, channels)
     if _is_cache(folder / "manifest.json"):
-        from .cache import CacheSource
+        from ultradino_jax.data.cache import CacheSource
 
         return CacheSource(root, channels)
     return FolderSource(root, channels)

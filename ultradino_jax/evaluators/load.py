@@ -71,7 +71,7 @@ def load_any_backbone(
                 f"backbone.json names: {' '.join(reason.split())}"
             ) from error
     # Imported late: converting needs packages that own checkpoints do without.
-    from ultradino_jax.interop.load import load_backbone_file
+    from ultradino_jax.weights.load import load_backbone_file
 
     return load_backbone_file(
         path,

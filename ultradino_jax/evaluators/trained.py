@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
-from ultradino_jax.evaluators.classifier import RECORD as CLASSIFIER
-from ultradino_jax.evaluators.classifier import Classifier, load_classifier
-from ultradino_jax.evaluators.segmenter import RECORD as SEGMENTER
-from ultradino_jax.evaluators.segmenter import Segmenter, load_segmenter
+from ultradino_jax.evaluators.classification.classifier import RECORD as CLASSIFIER
+from ultradino_jax.evaluators.classification.classifier import (
+    Classifier,
+    load_classifier,
+)
+from ultradino_jax.evaluators.segmentation.segmenter import RECORD as SEGMENTER
+from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
 
 _FOLDERS = {CLASSIFIER: "classifier", SEGMENTER: "segmenter"}
 # Of the test figures of a run, where the two kinds of results.json keep them.

@@ -25,7 +25,7 @@ from ultradino_jax.data.datasets.records import (
     masked_info,
 )
 from ultradino_jax.data.datasets.segmented import SegmentedImages
-from ultradino_jax.data.restricted_pickle import load_npy_pickle
+from ultradino_jax.data.formats.restricted_pickle import load_npy_pickle
 
 URL = (
     "https://data.mendeley.com/public-files/datasets/4gcpm9dsc3/files/"

@@ -1,0 +1,437 @@
+"""eval.py's work from config to files, on phantom data in the real layout."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.metrics import f1_score
+
+from configs.fetal_planes import get_config
+from ultradino_jax.checkpoint import Backbone, load_backbone, save_backbone
+from ultradino_jax.data.datasets.labelled import labelled_images
+from ultradino_jax.data.phantom.layouts import write_african, write_fetal_planes
+from ultradino_jax.data.phantom.render import render_phantom
+from ultradino_jax.evaluators.classification.classifier import load_classifier
+from ultradino_jax.evaluators.classification.compare import compare, main, read_entry
+from ultradino_jax.evaluators.classification.evaluate import evaluate, load_dataset
+from ultradino_jax.evaluators.load import load_any_backbone
+from ultradino_jax.evaluators.overlap import check_overlap
+from ultradino_jax.models.vit import ViT
+from ultradino_jax.prepare import prepare
+
+tfds.disable_progress_bar()
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder with the phantom downloads, a data_dir and an exported backbone."""
+    place = tmp_path_factory.mktemp("evaluation")
+    write_fetal_planes(place / "download", 10, size=32)
+    write_african(place / "african", 10, size=32)
+    model = ViT(16, 4, 2, patch_size=8, image_size=16, num_registers=1, layerscale=1.0)
+    params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
+    backbone = Backbone(model, params, 16, 1, (0.2,), (0.2,), name="small")
+    save_backbone(place / "run" / "backbone", backbone)
+    return place
+
+
+def small_config(place, mode, **changes):
+    c = get_config(mode)
+    c.data.data_dir = str(place / "data")
+    c.data.manual_dir = str(place / "download")
+    c.seeds, c.replicates, c.batch_size = (0, 1), 200, 32
+    c.linear.batch_size = c.finetune.batch_size = 16
+    c.linear.epochs, c.linear.warmup_epochs = 2, 1
+    c.finetune.epochs, c.finetune.warmup_epochs = 2, 1
+    c.logreg.log10_c, c.knn.ks = (-3.0, 1.0, 3), (5, 10)
+    c.fewshot.shots, c.fewshot.seeds, c.fewshot.linear_steps = (1, 2), (0, 1), 20
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def run(place, name, mode, **changes):
+    lines = []
+    config = small_config(place, mode, **changes)
+    results = evaluate(config, place / "run", place / name, say=lines.append)
+    return results, lines
+
+
+@pytest.fixture(scope="module")
+def cached(place):
+    external = {
+        "linear.recipe": "cached",
+        "external.name": "african_planes",
+        "external.data_dir": str(place / "data"),
+        "external.manual_dir": str(place / "african"),
+    }
+    return run(place, "cached", "linear", **external)
+
+
+def read_predictions(folder):
+    with open(folder / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_results_say_everything(place, cached):
+    results, lines = cached
+    assert results == json.loads((place / "cached" / "results.json").read_text())
+    assert list(results["entries"]) == [
+        "teacher/linear",
+        "random init/linear",
+        "raw pixels/linear",
+    ]
+    backbone = load_backbone(place / "run")
+    assert results["checkpoint"]["digest"] == backbone.digest
+    assert results["dataset"]["version"] == "1.0.0"
+    splits = results["dataset"]["splits"]
+    assert {s: v["patients"] for s, v in splits.items()} == {
+        "train": 4, "val": 1, "test": 5,
+    }  # fmt: skip
+    assert len(results["dataset"]["split_hash"]) == 64
+    assert results["config"]["linear"]["recipe"] == "cached"
+    teacher = results["entries"]["teacher/linear"]
+    assert [r["seed"] for r in teacher["runs"]] == [0, 1]
+    assert set(teacher["runs"][0]["choice"]) == {
+        "num_layers", "avgpool", "learning_rate",
+    }  # fmt: skip
+    run0 = teacher["runs"][0]
+    machines = run0["groups"]["machine"]
+    assert sum(m["images"] for m in machines.values()) == 60
+    assert sum(m["train_images"] for m in machines.values()) <= 48
+    assert np.sum(run0["test"]["confusion"]) == 60
+    # The table has one line per entry, with the figures of the file.
+    shown = lines[-2].splitlines()
+    assert sum("chosen" in x or "learning_rate" in x for x in shown) == 4
+    parts = [x for x in shown if x.startswith("teacher/linear, ")]
+    assert any(", machine Aloka: " in x for x in parts)
+    assert "african_planes: macro F1" in parts[-1]
+    assert f"{100 * teacher['summary']['macro_f1']['mean']:.2f}" in shown[1]
+    with Image.open(place / "cached" / "confusion.png") as figure:
+        assert min(figure.size) > 300
+
+
+def test_predictions_agree_with_the_figures(place, cached):
+    results, _ = cached
+    lines = read_predictions(place / "cached")
+    external = sum(s["images"] for s in results["external"]["splits"].values())
+    assert len(lines) == 3 * 2 * (60 + external)
+    for label, entry in results["entries"].items():
+        for record in entry["runs"]:
+            mine = [
+                line
+                for line in lines
+                if line["entry"] == label
+                and line["set"] == "test"
+                and int(line["seed"]) == record["seed"]
+            ]
+            truth = [line["label"] for line in mine]
+            predicted = [line["prediction"] for line in mine]
+            f1 = f1_score(truth, predicted, average="macro", zero_division=0)
+            assert record["test"]["macro_f1"] == pytest.approx(f1, abs=1e-12)
+            for line in mine[:5]:
+                scores = {c: float(line[c]) for c in results["dataset"]["classes"]}
+                assert max(scores, key=scores.get) == line["prediction"]
+                assert sum(scores.values()) == pytest.approx(1, abs=1e-4)
+    runs = results["entries"]["teacher/linear"]["runs"]
+    f1 = [r["test"]["macro_f1"] for r in runs]
+    summary = results["entries"]["teacher/linear"]["summary"]["macro_f1"]
+    assert summary["mean"] == pytest.approx(np.mean(f1))
+    assert summary["std"] == pytest.approx(np.std(f1, ddof=1))
+    low, high = summary["interval"]
+    assert low <= summary["mean"] <= high
+
+
+def test_external_figures_are_those_of_the_shared_classes(place, cached):
+    results, _ = cached
+    lines = [
+        line
+        for line in read_predictions(place / "cached")
+        if line["set"] == "external"
+        and line["seed"] == "1"
+        and line["entry"] == "teacher/linear"
+    ]
+    shared = results["external"]["classes"]
+    assert "Other" not in shared and len(shared) == 4
+    figures = results["entries"]["teacher/linear"]["runs"][1]["external"]
+    among = [max(shared, key=lambda c, line=line: float(line[c])) for line in lines]
+    truth = [line["label"] for line in lines]
+    assert figures["shared"]["macro_f1"] == pytest.approx(
+        f1_score(truth, among, average="macro", zero_division=0)
+    )
+    free = [line["prediction"] for line in lines]
+    assert figures["open"]["macro_f1"] == pytest.approx(
+        f1_score(truth, free, labels=shared, average="macro", zero_division=0)
+    )
+
+
+def test_the_same_config_gives_the_same_numbers(place, cached):
+    again, _ = run(place, "again", "linear", **{"linear.recipe": "cached"})
+    for label, entry in again["entries"].items():
+        before = cached[0]["entries"][label]
+        assert entry["summary"] == before["summary"]
+    assert again["dataset"] == cached[0]["dataset"]
+
+
+@pytest.mark.parametrize("mode", ["knn", "logreg"])
+def test_deterministic_modes_run_once(place, mode):
+    results, _ = run(place, mode, mode)
+    assert list(results["entries"]) == [
+        f"{row}/{mode}" for row in ("teacher", "random init", "raw pixels")
+    ]
+    for entry in results["entries"].values():
+        assert len(entry["runs"]) == 1 and entry["summary"]["macro_f1"]["std"] is None
+    choice = results["entries"]["teacher/" + mode]["runs"][0]["choice"]
+    assert choice.get("k", 5) in (5, 10) and choice.get("C", 0.1) in (1e-3, 0.1, 10.0)
+
+
+def test_paper_recipe_and_finetune(place):
+    linear, _ = run(place, "paper", "linear", seeds=(0,), rows=("teacher",))
+    assert list(linear["entries"]) == ["teacher/linear"]
+    rows = ("teacher", "random init", "raw pixels")
+    tuned, _ = run(place, "tuned", "finetune", seeds=(0,), rows=rows)
+    assert list(tuned["entries"]) == ["teacher/finetune", "random init/finetune"]
+    for row in ("random init", "teacher"):
+        assert_kept_model_gives_the_predictions(place / "tuned", row, "finetune")
+    # The training state is gone once the model is kept, which ends the same call.
+    assert not (place / "tuned" / "teacher" / "seed0" / "checkpoints").exists()
+    again, _ = run(place, "tuned", "finetune", seeds=(0,), rows=rows)
+    assert again["entries"] == tuned["entries"]
+
+
+def assert_kept_model_gives_the_predictions(workdir, row, method):
+    """The classifier beside the results computes what predictions.csv says."""
+    folder = workdir / row.replace(" ", "_") / "seed0"
+    classifier, _ = load_classifier(folder)
+    lines = [
+        r
+        for r in read_predictions(workdir)
+        if (r["entry"], r["seed"], r["set"]) == (f"{row}/{method}", "0", "test")
+    ]
+    data = load_dataset(small_config(workdir.parent, method).data).split("test")
+    assert [r["id"] for r in lines[:9]] == list(data.ids[:9])
+    preprocess = classifier.preprocess
+    images = np.stack([preprocess.resize(np.asarray(data[i])) for i in range(9)])
+    scores = jax.nn.softmax(classifier.logits(preprocess.normalise(images)))
+    wanted = [[float(r[name]) for name in classifier.classes] for r in lines[:9]]
+    np.testing.assert_allclose(scores, wanted, atol=2e-5)
+
+
+def test_kept_probe_gives_the_predictions_and_knows_its_backbone(place, cached):
+    assert_kept_model_gives_the_predictions(place / "cached", "teacher", "linear")
+    assert not (place / "cached" / "random_init").exists()
+    folder = place / "cached" / "teacher" / "seed1" / "classifier"
+    record = json.loads((folder / "classifier.json").read_text())
+    moved = record | {"backbone": record["backbone"] | {"checkpoint": "elsewhere"}}
+    copy = place / "moved"
+    shutil.copytree(folder, copy)
+    (copy / "classifier.json").write_text(json.dumps(moved))
+    with pytest.raises(FileNotFoundError, match="no longer at 'elsewhere': correct"):
+        load_classifier(copy)
+    moved["backbone"] |= {"checkpoint": str(place / "run"), "digest": "0123"}
+    (copy / "classifier.json").write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match=r"digest 0123; .*run' now holds"):
+        load_classifier(copy)
+    with pytest.raises(FileNotFoundError, match=r"no classifier\.json in"):
+        load_classifier(place)
+
+
+def test_few_labels(place):
+    results, _ = run(place, "few", "fewshot", rows=("teacher",))
+    labels = [f"teacher/{m}/{n}" for m in ("linear", "logreg", "knn") for n in (1, 2)]
+    assert list(results["entries"]) == labels
+    assert all(len(e["runs"]) == 2 for e in results["entries"].values())
+    # Probabilities are left out of the many runs.
+    lines = read_predictions(place / "few")
+    assert len(lines) == 6 * 2 * 60 and lines[0]["Other"] is None
+    by_patient = {"fewshot.unit": "patients", "fewshot.methods": ("knn",)}
+    with pytest.raises(ValueError, match="'Other' has 1 patients, 2 were asked for"):
+        run(place, "few2", "fewshot", **by_patient)
+
+
+def test_bad_settings_are_named(place, tmp_path):
+    with pytest.raises(ValueError, match="mode 'svm': choose one of linear, finetune"):
+        run(place, "x", "svm")
+    with pytest.raises(ValueError, match="data set 'imagenet' is unknown; choose"):
+        run(place, "x", "knn", **{"data.name": "imagenet"})
+    with pytest.raises(ValueError, match="row 'student' is unknown; choose of teacher"):
+        run(place, "x", "knn", rows=("student",))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint '.*gone' does not exist"):
+        evaluate(small_config(place, "knn"), place / "gone", place / "x")
+    with pytest.raises(ValueError, match=r"16 wide with 4 blocks, 'small' is 384 wide"):
+        run(place, "x", "knn", **{"model.arch": "small"})
+    with pytest.raises(ValueError, match="method 'svm': choose one of linear, knn"):
+        run(place, "x", "fewshot", **{"fewshot.methods": ("svm",)})
+
+
+def test_parameters_of_another_architecture_name_both_shapes(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    path = tmp_path / "run" / "backbone" / "backbone.json"
+    record = json.loads(path.read_text())
+    record["model"]["embed_dim"] = 24
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"shape: \(.*\).* stored shape: \(.*\)\.$"):
+        load_any_backbone(tmp_path / "run")
+
+
+def test_external_classes_must_be_known(place, tmp_path):
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,label\na.png,Fetal heart\n")
+    path = {"external.name": "csv", "external.path": str(tmp_path / "t.csv")}
+    with pytest.raises(ValueError, match="'Fetal heart' is not among the 6 classes"):
+        run(place, "x", "knn", **path)
+
+
+# --- images seen in pretraining -------------------------------------------------------
+
+
+def pretrained_on(tmp_path, root, list_file=""):
+    config = {"data": {"root": str(root), "list_file": list_file}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path / "backbone"
+
+
+@pytest.fixture(scope="module")
+def data(place):
+    return load_dataset(small_config(place, "knn").data)
+
+
+def test_test_images_in_pretraining_stop_the_run(place, data, tmp_path):
+    """A list of the odd (training) patients passes, the whole folder does not."""
+    images = place / "download" / "FETAL_PLANES_ZENODO" / "Images"
+    whole = pretrained_on(tmp_path, images)
+    with pytest.raises(ValueError, match="72 validation or test images of fetal_pla"):
+        check_overlap(whole, data, allowed=False)
+    counts = check_overlap(whole, data, allowed=True, say=lambda line: None)
+    assert counts == {"checked": True, "train": 48, "val": 12, "test": 60}
+    training = data.ids[data.splits == "train"]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"{name}.png" for name in training[:30]))
+    listed = pretrained_on(tmp_path, images, str(names))
+    counts = check_overlap(listed, data, allowed=False, say=lambda line: None)
+    assert counts == {"checked": True, "train": 30, "val": 0, "test": 0}
+
+
+def test_files_of_the_same_name_are_compared_by_pixels(data, tmp_path):
+    for name in data.ids[:4]:
+        Image.new("L", (32, 32)).save(tmp_path / f"{name}.png")
+    checkpoint = pretrained_on(tmp_path, tmp_path)
+    counts = check_overlap(checkpoint, data, allowed=False, say=lambda line: None)
+    assert counts == {"checked": True, "train": 0, "val": 0, "test": 0}
+
+
+def test_a_prepared_cache_is_asked_by_hash(tmp_path):
+    pictures = [render_phantom(i, seed=9, size=(64, 80)).image for i in range(4)]
+    rows = [
+        {"id": f"image{i}", "label": "a", "patient": str(i), "split": "test"}
+        for i in range(4)
+    ]
+    data = labelled_images("pictures", "1", ("a",), rows, pictures.__getitem__)
+    source = tmp_path / "renamed"
+    source.mkdir()
+    for i in (1, 3):  # renamed: only the pixels can tell
+        Image.fromarray(pictures[i]).convert("RGB").save(source / f"{9 - i}.png")
+    prepare(source, tmp_path / "cache", workers=0, short_side=32, progress=False)
+    checkpoint = pretrained_on(tmp_path, tmp_path / "cache")
+    with pytest.raises(ValueError, match="2 validation or test .* first 'image1'"):
+        check_overlap(checkpoint, data, allowed=False)
+
+
+def test_what_cannot_be_checked_is_said(data, tmp_path):
+    lines = []
+    assert not check_overlap(tmp_path, data, allowed=False, say=lines.append)["checked"]
+    checkpoint = pretrained_on(tmp_path, "")
+    assert not check_overlap(checkpoint, data, allowed=False, say=lines.append)[
+        "checked"
+    ]
+    checkpoint = pretrained_on(tmp_path, tmp_path / "moved")
+    assert not check_overlap(checkpoint, data, allowed=False, say=lines.append)[
+        "checked"
+    ]
+    for line, word in zip(lines, ("no config.json", "phantom", "moved"), strict=True):
+        assert "not checked" in line and word in line
+
+
+# --- comparing two evaluations --------------------------------------------------------
+
+
+def entry_like(a, predictions):
+    return {**a, "predictions": np.asarray(predictions)}
+
+
+def test_compare_reads_what_was_written(place, cached, capsys):
+    path = place / "cached" / "results.json"
+    a = read_entry(path)
+    f1 = cached[0]["entries"]["teacher/linear"]["summary"]["macro_f1"]["mean"]
+    result = compare(a, read_entry(path, "raw pixels/linear"), replicates=200)
+    assert result["macro F1"]["a"] == pytest.approx(f1)
+    main([str(path), str(path), "--entry-b", "raw pixels/linear"])
+    printed = capsys.readouterr().out
+    assert "60 test images of 5 patients" in printed and "macro F1" in printed
+    with pytest.raises(SystemExit, match="choose one entry of teacher/linear, random"):
+        main([str(path), str(path), "--entry-a", "student/linear"])
+
+
+def test_compare_finds_no_difference_where_there_is_none(place, cached):
+    a = read_entry(place / "cached" / "results.json")
+    same = compare(a, a, replicates=100)["accuracy"]
+    assert same["difference"] == 0 and same["interval"] == [0, 0] and same["p"] == 1
+
+
+def test_compare_agrees_with_an_exact_permutation_test():
+    """8 patients of 4 images: all 2^8 swaps, one by one."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=32)
+    a = {
+        "ids": [str(i) for i in range(32)],
+        "classes": ["x", "y", "z"],
+        "patients": [str(i // 4) for i in range(32)],
+        "labels": labels,
+        "predictions": np.where(rng.random(32) < 0.4, labels, 0)[None],
+    }
+    b = entry_like(a, np.where(rng.random(32) < 0.7, labels, 1)[None])
+    ours = compare(a, b, replicates=20_000)["macro F1"]
+
+    def f1(predictions):
+        return f1_score(labels, predictions, average="macro", zero_division=0)
+
+    x, y = a["predictions"][0], b["predictions"][0]
+    assert ours["difference"] == pytest.approx(f1(y) - f1(x), abs=1e-12)
+    differences = []
+    for swaps in range(256):
+        swap = np.array([(swaps >> (i // 4)) & 1 for i in range(32)], bool)
+        differences.append(f1(np.where(swap, x, y)) - f1(np.where(swap, y, x)))
+    exact = (np.abs(differences) >= abs(ours["difference"]) - 1e-12).mean()
+    assert ours["p"] == pytest.approx(exact, abs=0.01)
+    low, high = ours["interval"]
+    assert low < ours["difference"] < high
+
+
+def test_compare_refuses_other_images(place, cached):
+    a = read_entry(place / "cached" / "results.json")
+    b = {**a, "ids": [f"{i}x" for i in a["ids"]]}
+    with pytest.raises(ValueError, match="60 and 60 images, 0 in both"):
+        compare(a, b)
+
+
+def test_eval_py_prints_one_line_for_bad_input(place):
+    command = [sys.executable, "eval.py", "--config=configs/fetal_planes.py:knn"]
+    command += [f"--checkpoint={place / 'run'}", f"--workdir={place / 'cli'}"]
+    command += [f"--config.data.data_dir={place / 'none'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: fetal_planes is not prepared in")
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,343 @@
+"""Loss, schedule, augmentation and metrics against the reference's arrays and SciPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from einops import rearrange
+from scipy.spatial.distance import cdist
+from sklearn.metrics import f1_score, jaccard_score
+
+from ultradino_jax.evaluators.classification.augment import (
+    add_noise,
+    brightness_contrast,
+    gamma,
+    grid_axis,
+)
+from ultradino_jax.evaluators.segmentation import metrics
+from ultradino_jax.evaluators.segmentation.augment import (
+    affine,
+    affine_matrix,
+    augment_pair,
+    grid_distortion,
+)
+from ultradino_jax.evaluators.segmentation.loss import (
+    cross_entropy,
+    dice_loss,
+    warmup_linear,
+)
+from ultradino_jax.evaluators.segmentation.results import (
+    COLOURS,
+    baseline_figures,
+    overlay,
+)
+from ultradino_jax.models.upernet import resize
+
+LOSS_CASES = ("ign5", "noign5", "allign3", "bgonly5", "lowres5", "saturated5")
+METRIC_CASES = (
+    "all5", "absent_both", "absent_label", "absent_pred", "over3", "bgonly", "perfect3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOSS_CASES)
+def test_losses_and_gradients_equal_reference(golden, sub, case):
+    g = sub(golden("seg_loss"), f"{case}/")
+    labels = jnp.asarray(g["label"])
+    logits = rearrange(jnp.asarray(g["logits"]), "b c h w -> b h w c")
+
+    def sized(x):
+        return x if x.shape[1:3] == labels.shape[1:] else resize(x, *labels.shape[1:])
+
+    for name, loss in (("ce", cross_entropy), ("dice", dice_loss)):
+        value, grad = jax.value_and_grad(lambda x, f=loss: f(sized(x), labels))(logits)
+        np.testing.assert_allclose(value, g[f"loss_{name}_f64"], rtol=2e-6)
+        theirs = rearrange(g[f"grad_{name}"], "b c h w -> b h w c")
+        np.testing.assert_allclose(
+            grad, theirs, atol=2e-5 * max(np.abs(theirs).max(), 1e-9)
+        )
+    softmax = dice_loss(sized(logits), labels, "softmax_dice")
+    np.testing.assert_allclose(softmax, g["softmax_dice_not_used"], rtol=2e-6)
+
+
+def test_unknown_dice_is_refused():
+    with pytest.raises(ValueError, match="dice 'tversky'"):
+        dice_loss(jnp.zeros((1, 2, 2, 2)), jnp.zeros((1, 2, 2), int), "tversky")
+
+
+def test_learning_rates_equal_the_reference_schedulers(golden):
+    g = golden("seg_optim")
+    settings = {
+        "schedule_20k_v3": (1500, 20_000, 1e-6),
+        "schedule_45k_v3": (1500, 45_000, 1e-6),
+        "schedule_20k_usfm_ours": (1000, 20_000, 5e-5),
+        "schedule_20k": (1000, 20_000, 1e-6),
+    }
+    for name, (warmup, total, start) in settings.items():
+        step, rate = g[f"{name}/iter"], g[f"{name}/lr"]
+        ours = warmup_linear(
+            step, warmup=warmup, total=total, start=start, decay_from=1500
+        )
+        np.testing.assert_allclose(ours, rate / rate.max(), atol=2e-6)
+
+
+def test_adamw_equals_torch(golden):
+    g = golden("seg_optim")
+    rates = jnp.asarray(g["adamw/sched/lr"])
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.01),
+        optax.scale_by_schedule(lambda i: -rates[i]),
+    )
+    params = jnp.asarray(g["adamw/p0"])
+    state = optimizer.init(params)
+    for grad, expected in zip(g["adamw/grads"], g["adamw/sched/params"], strict=True):
+        updates, state = optimizer.update(jnp.asarray(grad), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, expected, rtol=1e-6)
+
+
+def assert_pixels(ours, theirs):
+    """Equal up to OpenCV 4's coordinates of 1/32 pixel."""
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert difference.max() <= 4 and (difference > 1).mean() <= 0.016
+
+
+@pytest.mark.parametrize("i", range(7))
+def test_affine_equals_reference(golden, sub, i):
+    g = golden("seg_augment")
+    case = sub(g, f"affine{i}/")
+    scale, rotate, shear_x, shear_y, x, y = case["params"]
+    matrix = affine_matrix(
+        g["mask"].shape,
+        scale=scale,
+        rotate=rotate,
+        shear_x=shear_x,
+        shear_y=shear_y,
+        translate_x=x,
+        translate_y=y,
+    )
+    np.testing.assert_allclose(matrix, case["matrix"], atol=1e-12)
+    image, mask = affine(g["image"], g["mask"], matrix)
+    assert_pixels(image, case["image"])
+    assert (mask != case["mask"]).mean() < 0.002
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_grid_distortion_equals_reference(golden, sub, i):
+    g = golden("seg_augment")
+    case = sub(g, f"grid{i}/")
+    image, mask = grid_distortion(
+        g["image"][:, :, None], g["mask"], case["stepsx"], case["stepsy"]
+    )
+    assert_pixels(image[:, :, 0], case["image_seg"])
+    assert (mask != case["mask_seg"]).mean() < 0.002
+
+
+def test_whole_chain_equals_reference(golden, sub):
+    """Every operation once, with the reference's draws, fed from stage to stage."""
+    g = sub(golden("seg_augment"), "chain/")
+    start = golden("seg_augment")
+    image, mask = affine(start["image"], start["mask"], g["0_Affine/matrix"])
+    image, mask = image[:, ::-1].copy(), mask[:, ::-1].copy()
+    name = "2_RandomBrightnessContrast"
+    image = brightness_contrast(image, g[f"{name}/alpha"], g[f"{name}/beta"])
+    image = gamma(image, g["3_RandomGamma/gamma"])
+    image = add_noise(image, g["4_GaussNoise/gauss"])
+    steps = (g["5_GridDistortion/stepsx"], g["5_GridDistortion/stepsy"])
+    image, mask = grid_distortion(image, mask, *steps)
+    difference = np.abs(image.astype(int) - g["image"].astype(int))
+    assert difference.max() <= 8 and difference.mean() < 0.5
+    assert (mask != g["mask"]).mean() < 0.004
+
+
+def test_image_and_mask_move_together():
+    """A picture of its own mask stays one, whatever is drawn."""
+    y, x = np.mgrid[:48, :64]
+    mask = ((y - 20) ** 2 + (x - 40) ** 2 < 150).astype(np.uint8)
+    moved = set()
+    for seed in range(40):
+        # Noise and brightness change grey values, not the place of the edge.
+        image, new = augment_pair(
+            mask[:, :, None] * 200, mask, np.random.default_rng(seed)
+        )
+        assert image.shape == (48, 64, 1) and set(np.unique(new)) <= {0, 1}
+        if new.any() and not new.all():
+            inside, outside = image[new == 1].mean(), image[new == 0].mean()
+            assert inside > outside + 25
+        moved.add(new.tobytes())
+    assert len(moved) > 20
+
+
+def test_reference_translation_is_one_sided(monkeypatch):
+    mask = np.zeros((50, 50), np.uint8)
+    mask[25, 25] = 1
+    image = np.zeros((50, 50, 1), np.uint8)
+    seen = {"reference": [], "symmetric": []}
+    import ultradino_jax.evaluators.segmentation.augment as module
+
+    for kind, values in seen.items():
+
+        def record(shape, *, into=values, **draws):
+            into.append((draws["translate_x"], draws["translate_y"]))
+            return np.eye(3)
+
+        monkeypatch.setattr(module, "affine_matrix", record)
+        for seed in range(20):
+            augment_pair(image, mask, np.random.default_rng(seed), kind)
+    assert set(seen["reference"]) == {(0.2, 0.2)}
+    values = np.array(seen["symmetric"])
+    assert values.min() < -0.05 and values.max() < 0.2 and len(values) > 3
+    with pytest.raises(ValueError, match="translation 'left'"):
+        augment_pair(image, mask, np.random.default_rng(0), "left")
+
+
+@pytest.mark.parametrize("case", METRIC_CASES)
+def test_pooled_metrics_equal_reference(golden, sub, case):
+    g = sub(golden("seg_metric"), f"{case}/")
+    y = int(g["num_classes"])
+    counts = np.stack(
+        [metrics.pixel_counts(*pair, y) for pair in zip(g["pred"], g["label"],
+                                                       strict=True)]
+    )  # fmt: skip
+    pooled = counts.sum(axis=0)
+    np.testing.assert_array_equal(pooled[:, 0], g["area_intersect"])
+    np.testing.assert_array_equal(pooled[:, 1], g["area_pred"])
+    np.testing.assert_array_equal(pooled[:, 2], g["area_label"])
+    dice, iou = metrics.dice_per_class(pooled), metrics.iou_per_class(pooled)
+    np.testing.assert_allclose(dice, g["class/Dice"], rtol=1e-6)
+    np.testing.assert_allclose(iou, g["class/IoU"], rtol=1e-6)
+    for name, function in [
+        ("mDice", metrics.mean_dice),
+        ("mfDice", metrics.mean_foreground_dice),
+        ("mIoU", metrics.mean_iou),
+        ("mfIoU", metrics.mean_foreground_iou),
+    ]:
+        ours = 100 * function(pooled)
+        np.testing.assert_allclose(ours, g[f"summary/{name}"], atol=0.00501)
+
+
+def bootstrap(counts, patients, replicates=2000):
+    statistic = metrics.mean_foreground_dice
+    return metrics.interval(
+        metrics.bootstrap_replicates(counts, patients, statistic, replicates=replicates)
+    )
+
+
+def random_masks(seed, shape=(21, 17)):
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 4, (2, 7, 6))
+    masks = np.kron(blocks, np.ones((3, 3), int))[:, : shape[0], : shape[1]]
+    if seed % 3 == 0:
+        masks[0][masks[0] == 2] = 0
+    if seed % 4 == 0:
+        masks[1][masks[1] == 3] = 0
+    return masks.astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dice_and_iou_equal_scikit_learn(seed):
+    prediction, label = random_masks(seed)
+    counts = metrics.pixel_counts(prediction, label, 4)
+    options = dict(labels=range(4), average=None, zero_division=np.nan)
+    pair = (label.ravel(), prediction.ravel())
+    np.testing.assert_allclose(
+        metrics.dice_per_class(counts), f1_score(*pair, **options)
+    )
+    options["zero_division"] = 0
+    iou = np.nan_to_num(metrics.iou_per_class(counts))
+    np.testing.assert_allclose(iou, jaccard_score(*pair, **options))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hd95_equals_all_pairs_of_surface_points(seed):
+    prediction, label = random_masks(seed)
+    ours = metrics.hd95_per_structure(prediction, label, 4)
+    for k in (1, 2, 3):
+        edges = []
+        for mask in (prediction == k, label == k):
+            padded = np.pad(mask, 1)
+            inner = (
+                padded[:-2, 1:-1] & padded[2:, 1:-1]
+                & padded[1:-1, :-2] & padded[1:-1, 2:]
+            )  # fmt: skip
+            edges.append(np.argwhere(mask & ~inner))
+        if not len(edges[0]) and not len(edges[1]):
+            assert np.isnan(ours[k - 1])
+        elif not len(edges[0]) or not len(edges[1]):
+            assert ours[k - 1] == pytest.approx((21**2 + 17**2) ** 0.5)
+        else:
+            d = cdist(*edges)
+            both = np.concatenate([d.min(axis=0), d.min(axis=1)])
+            assert ours[k - 1] == pytest.approx(np.percentile(both, 95))
+
+
+def test_figures_of_a_set_by_hand():
+    """Two images of one woman, one of another; class 2 is nowhere in image 1."""
+    counts = np.array(
+        [
+            [[4, 5, 5], [2, 4, 2], [0, 0, 0]],
+            [[6, 6, 6], [1, 1, 1], [1, 2, 2]],
+            [[3, 3, 3], [2, 2, 2], [0, 4, 0]],
+        ]
+    )
+    distances = np.array([[1.0, np.nan], [3.0, 5.0], [2.0, 9.0]])
+    out = metrics.segmentation_metrics(
+        counts, distances, ["a", "a", "b"], ("background", "x", "y")
+    )
+    assert out["n"] == 3 and out["patients"] == 2
+    x, y = 2 * 5 / (7 + 5), 2 * 1 / (6 + 2)
+    assert out["pooled"]["foreground_dice"] == pytest.approx((x + y) / 2)
+    per_image = [4 / 6, (1 + 0.5) / 2, (1 + 0) / 2]
+    assert out["per_image"]["foreground_dice"] == pytest.approx(np.mean(per_image))
+    assert out["per_image"]["hd95"] == pytest.approx(np.mean([1, 4, 5.5]))
+    per_patient = [(2 * 3 / 8 + 2 / 4) / 2, 0.5]
+    assert out["per_patient"]["foreground_dice"] == pytest.approx(np.mean(per_patient))
+    assert out["per_class"]["y"]["images_labelled"] == 1
+    low, high = bootstrap(counts, ["a", "a", "b"], replicates=200)
+    # Two patients: all samples are of a, of b, or of both.
+    assert low == pytest.approx(0.5) and high == pytest.approx(np.mean(per_patient[:1]))
+
+
+def test_predictors_that_look_at_no_image():
+    """Three of four training masks agree on the left half being structure 1."""
+    left = np.zeros((4, 6), np.uint8)
+    left[:, :3] = 1
+    train = np.stack([left, left, left, np.full((4, 6), 2, np.uint8)])
+    test = np.stack([left, 1 - left])
+    figures = baseline_figures(train, test, 3)
+    # The guess is `left`: right in one image of two.
+    assert figures["mean_mask"]["foreground_dice"] == pytest.approx(0.5)
+    background = 2 * 24 / (48 + 24)
+    assert figures["background"]["foreground_dice"] == 0
+    assert figures["background"]["dice"] == pytest.approx(background / 2)
+
+
+def test_overlay_tints_structures_and_nothing_else():
+    image = np.full((9, 9), 100, np.uint8)
+    mask = np.zeros((9, 9), np.uint8)
+    mask[2:7, 2:7], mask[0, 0] = 2, 255
+    picture = overlay(image, mask)
+    assert (picture[mask != 2] == 100).all()
+    assert (picture[2, 2:7] == COLOURS[1]).all()
+    inner = 75 + 0.25 * np.array(COLOURS[1])
+    np.testing.assert_allclose(picture[4, 4], inner, atol=1)
+
+
+def test_bootstrap_resamples_patients():
+    rng = np.random.default_rng(0)
+    counts = np.tile(rng.integers(1, 50, (12, 3, 3)), (5, 1, 1))
+    counts[..., 0] = np.minimum(counts[..., 1], counts[..., 2])
+    patients = np.tile(np.arange(12), 5)
+    narrow = bootstrap(counts, np.arange(60))
+    wide = bootstrap(counts, patients)
+    assert wide[1] - wide[0] > 1.7 * (narrow[1] - narrow[0])
+    mean = metrics.mean_foreground_dice(counts.sum(axis=0))
+    assert wide[0] < mean < wide[1]
+    runs = bootstrap(np.stack([counts, counts]), patients)
+    assert runs == pytest.approx(wide)
+
+
+def test_grid_axis_is_the_references(golden, sub):
+    case = sub(golden("seg_augment"), "grid0/")
+    np.testing.assert_allclose(grid_axis(64, case["stepsx"]), case["map_x"], atol=1e-4)

@@ -1,0 +1,232 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from ultradino_jax.models.dino_head import DINOHead
+from ultradino_jax.models.vit import ViT
+from ultradino_jax.optimizer import make_optimizer
+from ultradino_jax.pretraining.objective import Modules, Objective
+from ultradino_jax.pretraining.step import init_state, make_train_step
+from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.meta import dino_head_params, vit_params
+
+BACKBONE = ViT(32, 2, 2, patch_size=8, image_size=48)
+HEAD = DINOHead(hidden_dim=64, bottleneck_dim=16, num_prototypes=128)
+MODULES = Modules(BACKBONE, HEAD)
+
+
+def reference_tree(sub, arrays, prefix):
+    state = sub(arrays, prefix)
+    return {
+        "backbone": vit_params(sub(state, "backbone.")),
+        "dino_head": dino_head_params(sub(state, "dino_head.")),
+    }
+
+
+def table(values):
+    """Schedule reading the reference's two steps."""
+    return lambda step: jnp.asarray(values, jnp.float32)[step]
+
+
+def hyper(g, name):
+    return table([g[f"hyper/step{i}/{name}"] for i in range(2)])
+
+
+def reference_batch(g, *, flipped):
+    """The reference's batch as one group; its crops are normalised already."""
+
+    def crops(name, views):
+        x = g[f"batch/collated_{name}_crops"]
+        x = x[::-1] if flipped else x
+        return rearrange(x * 255, "(v b) c h w -> 1 v b h w c", v=views)
+
+    n, m = int(g["batch/n_masked_patches"][0]), int(g["batch/upperbound"])
+    indices, weights = np.zeros((1, m), np.int32), np.zeros((1, m), np.float32)
+    indices[0, :n] = g["batch/mask_indices_list"]
+    weights[0, :n] = g["batch/masks_weight"]
+    return {
+        "global_crops": crops("global", 2),
+        "local_crops": crops("local", 4),
+        "masks": rearrange(g["batch/collated_masks"], "(v b) n -> 1 v b n", v=2),
+        "mask_indices": indices,
+        "mask_weights": weights,
+    }
+
+
+def reference_setup(g, sub, centering, **options):
+    optimizer = make_optimizer(
+        learning_rate=hyper(g, "lr"),
+        last_layer_learning_rate=hyper(g, "last_layer_lr"),
+        weight_decay=hyper(g, "wd"),
+    )
+    objective = Objective((0.0,), (1.0,), centering=centering, **options)
+    step = make_train_step(
+        MODULES,
+        objective,
+        optimizer,
+        teacher_temp=hyper(g, "temp"),
+        ema_momentum=hyper(g, "mom"),
+    )
+    student = jax.tree.map(jnp.asarray, reference_tree(sub, g, "init/"))
+    state = init_state(MODULES, optimizer, jax.random.key(0), 1)
+    return jax.jit(step), state.replace(
+        student=student,
+        teacher=jax.tree.map(lambda x: 0.9 * x, student),
+        opt_state=optimizer.init(student),
+    )
+
+
+def assert_same_parameters(ours, theirs):
+    """Within 1e-5, except key biases: their gradient is 0, so Adam steps on noise."""
+    theirs = flat_names(theirs)
+    for name, value in flat_names(ours).items():
+        value, expected = np.asarray(value), theirs[name]
+        if name.endswith("qkv/bias"):
+            d = value.shape[-1] // 3
+            value = np.delete(value, np.s_[d : 2 * d], axis=-1)
+            expected = np.delete(expected, np.s_[d : 2 * d], axis=-1)
+        np.testing.assert_allclose(value, expected, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_two_training_steps_equal_the_reference(golden, sub, centering):
+    g = golden("train_step")
+    tag = centering.split("_")[0]
+    # One image and a few masked patches at a time; the gradient test takes all at once.
+    step, state = reference_setup(g, sub, centering, chunk_rows=8)
+    for i in range(2):
+        before = state
+        state, metrics = step(state, reference_batch(g, flipped=bool(i)))
+        loss = sub(g, f"{tag}/step{i}/loss/")
+        for ours, theirs in {
+            "dino_local": loss["dino_local_crops_loss"],
+            "dino_global": loss["dino_global_crops_loss"],
+            "koleo": 2 * loss["koleo_loss"],  # the reference displays half
+            "ibot": 2 * loss["ibot_loss"],
+            "total": loss["total"],
+        }.items():
+            np.testing.assert_allclose(metrics[ours], theirs, rtol=1e-5, err_msg=ours)
+        for name, norm in sub(g, f"{tag}/step{i}/grad_norm_before_clip/").items():
+            np.testing.assert_allclose(metrics[f"grad_norm/{name}"], norm, rtol=1e-5)
+        if tag == "centering":
+            for name in ("dino", "ibot"):  # theirs is the center the step used
+                theirs = g[f"{tag}/step{i}/{name}_center"].ravel()
+                np.testing.assert_allclose(before.centers[name], theirs, atol=1e-5)
+        if f"{tag}/step{i}/student/backbone.cls_token" in g:
+            theirs = reference_tree(sub, g, f"{tag}/step{i}/student/")
+            assert_same_parameters(state.student, theirs)
+        if f"{tag}/step{i}/teacher/backbone.cls_token" in g:
+            theirs = reference_tree(sub, g, f"{tag}/step{i}/teacher/")
+            assert_same_parameters(state.teacher, theirs)
+
+
+def test_gradients_equal_the_reference(golden, sub):
+    """Adam's first moment after one step is 0.1 x the clipped gradient."""
+    g = golden("train_step")
+    step, state = reference_setup(g, sub, "centering")
+    state, metrics = step(state, reference_batch(g, flipped=False))
+    theirs = flat_names(reference_tree(sub, g, "centering/step0/grad_unclipped/"))
+    moments = flat_names(state.opt_state[1].mu)
+    for name, moment in moments.items():
+        norm = float(metrics[f"grad_norm/{name.split('/')[0]}"])
+        gradient = moment / np.float32(0.1) / min(1.0, 3.0 / (norm + 1e-6))
+        np.testing.assert_allclose(gradient, theirs[name], atol=1e-5, err_msg=name)
+
+
+def random_batch(w=4, b=2, seed=0, grid=36, m=8):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((w, 2 * b, grid), bool)
+    indices, weights = np.zeros((w, m), np.int32), np.zeros((w, m), np.float32)
+    for i in range(w):
+        n = m - rng.integers(0, 3)
+        masks[i, 1, rng.permutation(grid)[:n]] = True
+        indices[i, :n] = np.flatnonzero(masks[i])
+        weights[i, :n] = 1 / n
+    return {
+        "global_crops": rng.integers(0, 256, (w, 2, b, 48, 48, 1), np.uint8),
+        "local_crops": rng.integers(0, 256, (w, 3, b, 24, 24, 1), np.uint8),
+        "masks": masks.reshape(w, 2, b, grid),
+        "mask_indices": indices,
+        "mask_weights": weights,
+    }
+
+
+def small_step(modules=MODULES, accum_steps=1, **objective):
+    constants = {
+        "learning_rate": lambda s: 1e-3,
+        "last_layer_learning_rate": lambda s: 1e-3,
+        "weight_decay": lambda s: 0.04,
+    }
+    optimizer = make_optimizer(**constants)
+    step = make_train_step(
+        modules,
+        Objective((0.2,), (0.2,), **objective),
+        optimizer,
+        teacher_temp=lambda s: 0.04,
+        ema_momentum=lambda s: 0.9,
+        accum_steps=accum_steps,
+    )
+    return jax.jit(step), init_state(modules, optimizer, jax.random.key(3), 1)
+
+
+def gradient_of(state):
+    return flat_names(state.opt_state[1].mu)
+
+
+@pytest.mark.parametrize("accum_steps", [2, 4])
+def test_accumulation_equals_the_large_batch(accum_steps):
+    batch = random_batch()
+    one, state = small_step()
+    many, _ = small_step(accum_steps=accum_steps)
+    (a, metrics_a), (b, metrics_b) = one(state, batch), many(state, batch)
+    for name, value in metrics_a.items():
+        np.testing.assert_allclose(metrics_b[name], value, rtol=2e-5, err_msg=name)
+    for name, value in gradient_of(a).items():
+        np.testing.assert_allclose(gradient_of(b)[name], value, atol=1e-6)
+    for name in ("dino", "ibot"):
+        np.testing.assert_allclose(a.centers[name], b.centers[name], atol=1e-6)
+    with pytest.raises(ValueError, match="4 groups cannot be cut into 3"):
+        small_step(accum_steps=3)[0](state, batch)
+
+
+def test_separate_ibot_head_leaves_the_dino_loss_alone():
+    separate = Modules(BACKBONE, HEAD, HEAD.clone(num_prototypes=64))
+    tied_step, tied = small_step()
+    step, state = small_step(separate)
+    assert state.centers["ibot"].shape == (64,)
+    shared = {k: tied.student[k] for k in ("backbone", "dino_head")}
+    state = state.replace(
+        student={**state.student, **shared}, teacher={**state.teacher, **shared}
+    )
+    _, a = tied_step(tied, random_batch())
+    _, b = step(state, random_batch())
+    for name in ("dino_local", "dino_global", "koleo"):
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-6)
+    assert a["ibot"] != b["ibot"]
+    assert "grad_norm/ibot_head" in b
+
+
+def test_padding_of_the_mask_buffer_has_no_effect():
+    batch = random_batch()
+    wide = dict(batch)
+    for name in ("mask_indices", "mask_weights"):
+        wide[name] = np.pad(batch[name], ((0, 0), (0, 5)))
+    for centering in ("centering", "sinkhorn_knopp"):
+        step, state = small_step(centering=centering)
+        (a, metrics_a), (b, metrics_b) = step(state, batch), step(state, wide)
+        np.testing.assert_allclose(metrics_a["total"], metrics_b["total"], rtol=1e-6)
+        for name, value in gradient_of(a).items():
+            np.testing.assert_allclose(gradient_of(b)[name], value, atol=1e-7)
+
+
+def test_no_local_crops_and_unknown_centering():
+    batch = random_batch()
+    batch["local_crops"] = batch["local_crops"][:, :0]
+    step, state = small_step()
+    _, metrics = step(state, batch)
+    assert metrics["dino_local"] == 0
+    assert np.isfinite(metrics["total"])
+    with pytest.raises(ValueError, match="'centering' or 'sinkhorn_knopp'"):
+        Objective((0.0,), (1.0,), centering="mean")

@@ -1,0 +1,1 @@
+"""One decoder per file type."""

@@ -1,0 +1,67 @@
+"""A clip of 8-bit frames: what every reader returns, and how frames are chosen."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ultradino_jax.data.formats.unreadable import Unreadable
+
+MAX_PIXELS = 2**25  # of one frame: 33 million, an 8K screen
+MAX_SIDE = 2**15 - 1  # the widest that every encoder takes
+MAX_BYTES = 2**31  # of one file
+_ASSUMED_MS = 33.0  # clips without frame times are taken to run at 30 frames/s
+
+
+@dataclass
+class Clip:
+    """Frames chosen from one file.
+
+    frames: uint8 [H,W] grey or [H,W,3] RGB. chosen: their positions in the file.
+    count: frames in the file. regions: DICOM region tags, if any. patient, study: what
+    identifies them in the input; they leave memory only as keyed hashes.
+    """
+
+    frames: list[np.ndarray]
+    chosen: list[int]
+    count: int
+    regions: object = None
+    patient: str | None = None
+    study: str | None = None
+
+
+def choose_frames(
+    count: int, frame_ms: float | None, fps: float, max_frames: int
+) -> list[int]:
+    """Positions of the frames to keep: at most `fps` per second and `max_frames`.
+
+    Evenly spaced from the first to the last of `count` frames. frame_ms: milliseconds
+    between frames, None where unknown.
+    """
+    stride = max(1.0, 1000 / fps / (frame_ms or _ASSUMED_MS))
+    keep = min(count, max_frames, 1 + int((count - 1) / stride))
+    if keep == 1:
+        return [0]
+    return [round(i * (count - 1) / (keep - 1)) for i in range(keep)]
+
+
+def stretch(frames: list[np.ndarray]) -> list[np.ndarray]:
+    """Any numbers -> uint8, the clip's smallest finite value to 0, its largest to 255.
+
+    uint8 stays as it is. Values that are not finite become the smallest.
+    """
+    if all(f.dtype == np.uint8 for f in frames):
+        return frames
+    if any(f.dtype.kind not in "buif" for f in frames):
+        raise Unreadable("unsupported", "pixel type")
+    frames = [f.astype(np.float64) for f in frames]
+    finite = [f[np.isfinite(f)] for f in frames]
+    finite = [f for f in finite if f.size]
+    if not finite:
+        raise Unreadable("unreadable", "no finite pixel")
+    low = min(f.min() for f in finite)
+    span = max(f.max() for f in finite) - low
+    scale = 255 / span if span > 0 and np.isfinite(span) else 0.0
+    return [
+        np.rint((np.where(np.isfinite(f), f, low) - low) * scale).astype(np.uint8)
+        for f in frames
+    ]

@@ -1,0 +1,1 @@
+"""The built-in phantom: drawn fetal planes with labels, patients and masks."""

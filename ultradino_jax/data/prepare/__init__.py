@@ -1,0 +1,1 @@
+"""From a folder of medical files to a cache of pixels."""

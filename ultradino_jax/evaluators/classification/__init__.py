@@ -1,0 +1,1 @@
+"""Probes and fine-tuning on labelled images."""

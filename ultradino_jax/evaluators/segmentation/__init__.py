@@ -1,0 +1,1 @@
+"""Segmentation networks on images with masks."""

@@ -1,0 +1,1 @@
+"""Looks at a run: the teacher on fixed images, alarms, pictures."""

@@ -1,0 +1,1 @@
+"""The science: objective, losses, train step, crops on the device."""

@@ -1,0 +1,1 @@
+"""The loop around the step: plan, batches, workdir, logs, stops."""

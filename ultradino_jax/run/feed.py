@@ -1,0 +1,126 @@
+"""Batches for the loop: from the pipeline to the devices, whatever its workers do."""
+
+import contextlib
+import multiprocessing.resource_tracker
+import signal
+
+import jax
+from ml_collections import ConfigDict
+
+from ultradino_jax.data.pipeline import build_pipeline
+from ultradino_jax.run.plan import Plan
+from ultradino_jax.run.stops import BadRecords, Meter, RunStopped, Signals
+
+MAX_RESTARTS = 3
+# What Grain says of a worker process that is gone.
+WORKER_DIED = "terminated unexpectedly"
+
+
+def pipeline(config: ConfigDict, plan: Plan, start_step: int, num_steps: int):
+    """The input stream of this process from `start_step` on."""
+    try:
+        return build_pipeline(
+            plan.source,
+            plan.crops,
+            batch_size=config.batch_size,
+            groups=plan.groups,
+            patch_size=plan.modules.backbone.patch_size,
+            canvas=config.data.canvas if config.data.render == "device" else None,
+            mask_probability=config.masking.probability,
+            mask_ratio=tuple(config.masking.ratio),
+            mask_style=config.masking.style,
+            seed=config.seed,
+            start_step=start_step,
+            num_steps=num_steps,
+            num_workers=config.data.workers,
+            num_threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    except ValueError as error:
+        raise RunStopped(str(error)) from error
+
+
+@contextlib.contextmanager
+def signals_kept_from_children():
+    """Worker processes started inside never see Ctrl-C or the pre-emption signal.
+
+    Both go to every process of a group or job; the workers must live while the state
+    is saved. A blocked signal stays blocked in children and is delivered here later.
+    """
+    # The tracker's start unblocks SIGINT, so it must be running already.
+    multiprocessing.resource_tracker.ensure_running()
+    blocked = {signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Feed:
+    """feed(step) -> (batch on the devices, its source records, its host arrays).
+
+    Steps must come in order from `start`. A worker that dies is replaced by reading on
+    from the step that was asked for, which gives the same batches; after MAX_RESTARTS
+    the run stops.
+    """
+
+    def __init__(self, config, plan, start: int, *, sharding, meter: Meter, bad, say):
+        self.config, self.plan, self.sharding = config, plan, sharding
+        self.meter, self.say = meter, say
+        self.bad: BadRecords = bad
+        self.restarts = 0
+        self._open(start)
+
+    def _open(self, step):
+        left = self.plan.total_steps - step
+        self.stream = pipeline(self.config, self.plan, step, left)
+        self.fresh = True
+
+    def __call__(self, step: int, signals: Signals):
+        """Raises Interrupted on a signal, RunStopped when there is no batch to have."""
+        with self.meter.waiting():
+            batch = dict(self._next(step, signals))
+        index, rejected = batch.pop("index"), batch.pop("bad")
+        self.bad.check(rejected)
+        place = jax.make_array_from_process_local_data
+        arrays = {k: place(self.sharding, v) for k, v in batch.items()}
+        return arrays, index, batch
+
+    def _next(self, step, signals):
+        while True:
+            try:
+                if self.fresh and self.config.data.workers:
+                    with signals_kept_from_children():
+                        batch = next(self.stream)
+                else:
+                    with signals.waiting():
+                        batch = next(self.stream)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1]
+                if WORKER_DIED not in reason:
+                    raise RunStopped(reason) from error
+                self._restart(step, signals, error)
+            else:
+                self.fresh = False
+                return batch
+
+    def _restart(self, step, signals, error):
+        with signals.waiting():  # the signal that killed the worker came here too
+            pass
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise RunStopped(
+                f"a data worker died {self.restarts} times, the last at step {step}; "
+                "the usual cause is memory: fewer data.workers, data.threads or "
+                "data.prefetch need less"
+            ) from error
+        self.say(f"a data worker died at step {step}; reading on from there")
+        self.close()
+        self._open(step)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self.stream.close()

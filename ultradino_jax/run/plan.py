@@ -1,0 +1,285 @@
+"""From a ConfigDict to the objects a run is made of. Nothing below takes the config."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.data.cache import CacheSource
+from ultradino_jax.data.crops import CropConfig
+from ultradino_jax.data.masking import mask_buffer_length
+from ultradino_jax.data.sources import PhantomSource, open_source
+from ultradino_jax.models.dino_head import DINOHead, head_flops
+from ultradino_jax.models.vit import ViT, build_vit, forward_flops
+from ultradino_jax.normalization import NORMALIZATION
+from ultradino_jax.optimizer import make_optimizer
+from ultradino_jax.pretraining.objective import Modules, Objective
+from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
+from ultradino_jax.sharding import resolve_groups
+from ultradino_jax.weights.load import load_backbone_file
+
+# Dense bfloat16 peak per device in FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that train.py needs besides a mesh and a workdir."""
+
+    source: Any
+    crops: CropConfig
+    modules: Modules
+    objective: Objective
+    optimizer: Any
+    schedules: dict[str, Schedule]
+    groups: int
+    steps_per_epoch: int
+    total_steps: int
+    flops_per_step: float
+    start: Backbone | None
+
+
+def normalization(name: str, source, channels: int):
+    """(mean, std) by name; 'cache' takes those measured when the cache was made.
+
+    Raises ValueError for an unknown name, statistics of another channel count, or
+    'cache' with a source that has none.
+    """
+    if name == "cache":
+        if not isinstance(source, CacheSource):
+            raise ValueError(
+                "data.normalization='cache' needs data.root to be a prepared cache"
+            )
+        mean, std = tuple(source.manifest["mean"]), tuple(source.manifest["std"])
+    elif name in NORMALIZATION:
+        mean, std = NORMALIZATION[name]
+    else:
+        names = ", ".join([*NORMALIZATION, "cache"])
+        raise ValueError(f"data.normalization {name!r} is none of {names}")
+    if len(mean) == 1:
+        mean, std = mean * channels, std * channels
+    if len(mean) != channels:
+        raise ValueError(
+            f"data.normalization={name!r} has {len(mean)} channels, "
+            f"data.channels is {channels}"
+        )
+    return tuple(mean), tuple(std)
+
+
+def phantom_source(config: ConfigDict) -> PhantomSource:
+    """The built-in phantom as the config describes it."""
+    d = config.data
+    return PhantomSource(
+        d.phantom_images,
+        tuple(d.phantom_size),
+        seed=d.phantom_seed,
+        channels=d.channels,
+        settings=d.phantom_settings or None,
+    )
+
+
+def make_source(config: ConfigDict):
+    """The images of a run: those of data.root, or the phantom when none is named."""
+    data = config.data
+    if data.render not in ("host", "device"):
+        raise ValueError(f"data.render {data.render!r} is none of host, device")
+    if data.root:
+        list_file = data.list_file or None
+        return open_source(data.root, list_file=list_file, channels=data.channels)
+    if data.list_file:
+        raise ValueError(f"data.list_file={data.list_file!r} needs data.root")
+    return phantom_source(config)
+
+
+def make_crops(config: ConfigDict) -> CropConfig:
+    """The multi-crop recipe: a named style with the config's changes."""
+    styles = {
+        "ultrasound": (CropConfig.ultrasound, "vertical_flip_prob"),
+        "imagenet": (CropConfig.imagenet, "horizontal_flip_prob"),
+    }
+    c = config.crops
+    if c.style not in styles:
+        raise ValueError(f"crops.style {c.style!r} is none of {', '.join(styles)}")
+    style, flip = styles[c.style]
+    return style(
+        global_size=c.global_size,
+        local_size=c.local_size,
+        num_local=c.num_local,
+        global_scale=tuple(c.global_scale),
+        local_scale=tuple(c.local_scale),
+        **{flip: c.flip_prob},
+    )
+
+
+def make_backbone(config: ConfigDict) -> ViT:
+    """The ViT of a config, its position grid sized for the global crops."""
+    m = config.model
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if m.dtype not in dtypes:
+        raise ValueError(f"model.dtype {m.dtype!r} is none of {', '.join(dtypes)}")
+    overrides = {k: v for k, v in m.items() if k not in ("variant", "dtype")}
+    return build_vit(
+        m.variant,
+        dtype=dtypes[m.dtype],
+        image_size=config.crops.global_size,
+        **overrides,
+    )
+
+
+def load_start(config: ConfigDict) -> Backbone | None:
+    """The weights of `init_from`, at the run's crop size and channel count, or None.
+
+    Raises ValueError, OSError or ImportError with one line, also for a model that is
+    not a ViT (USFM has no positions to resize and no mask token to train).
+    """
+    if not config.init_from:
+        return None
+    start = load_backbone_file(
+        config.init_from,
+        image_size=config.crops.global_size,
+        channels=config.data.channels,
+    )
+    if not isinstance(start.model, ViT):
+        name = type(start.model).__name__
+        raise ValueError(f"init_from: pretraining needs a ViT, this is a {name}")
+    return start
+
+
+def vit_name(config: ConfigDict) -> str:
+    """E.g. 'vit_base_patch16'."""
+    return f"vit_{config.model.variant}_patch{config.model.patch_size}"
+
+
+def make_modules(config: ConfigDict, start: Backbone | None = None) -> Modules:
+    """Backbone and heads; the architecture is that of `start` when there is one."""
+    backbone = make_backbone(config)
+    if start is not None:
+        own = ("drop_path", "dtype", "unroll", "remat")
+        backbone = start.model.clone(**{k: getattr(backbone, k) for k in own})
+    head = DINOHead(dtype=backbone.dtype, **config.head)
+    ibot_head = None
+    if config.ibot.separate_head:
+        ibot_head = head.clone(num_prototypes=config.ibot.num_prototypes)
+    return Modules(backbone, head, ibot_head)
+
+
+def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedule]:
+    """Every scheduled hyper-parameter as a function of the step.
+
+    Raises ValueError when the warm-up does not fit the run.
+    """
+    o, total = config.optim, config.epochs * steps_per_epoch
+    peak = o.base_lr * (config.batch_size / o.reference_batch) ** 0.5
+    warm = {"total": total, "warmup": int(o.warmup_epochs * steps_per_epoch)}
+    freeze = int(o.freeze_last_layer_epochs * steps_per_epoch)
+    t = config.teacher
+    return {
+        "lr": cosine_schedule(peak, o.min_lr, **warm),
+        "last_layer_lr": cosine_schedule(peak, o.min_lr, freeze=freeze, **warm),
+        "weight_decay": cosine_schedule(o.weight_decay, o.weight_decay_end, total),
+        "ema_momentum": cosine_schedule(t.momentum, t.momentum_end, total),
+        "teacher_temp": linear_schedule(
+            t.warmup_temp, t.temp, int(t.warmup_temp_epochs * steps_per_epoch)
+        ),
+    }
+
+
+def step_flops(config: ConfigDict, modules: Modules, crops: CropConfig) -> float:
+    """Operations of one step: teacher forward + 3 x student forward, by formula."""
+    backbone, channels = modules.backbone, config.data.channels
+    keep = 1 - backbone.drop_path
+    patches = {s: (s // backbone.patch_size) ** 2 for s in _sides(crops)}
+    extra = 1 + backbone.num_registers
+    g = forward_flops(backbone, patches[crops.global_size] + extra, channels)
+    g_kept = forward_flops(backbone, patches[crops.global_size] + extra, channels, keep)
+    l_kept = forward_flops(backbone, patches[crops.local_size] + extra, channels, keep)
+    masked = mask_buffer_length(
+        2 * config.batch_size,
+        patches[crops.global_size],
+        config.masking.probability,
+        tuple(config.masking.ratio),
+    )
+    b, n_local = config.batch_size, crops.num_local
+    head = head_flops(modules.dino_head, backbone.embed_dim)
+    patch_head = head_flops(modules.ibot_head or modules.dino_head, backbone.embed_dim)
+    teacher = 2 * b * (g + head) + masked * patch_head
+    student = (
+        2 * b * (g_kept + head) + n_local * b * (l_kept + head) + masked * patch_head
+    )
+    return teacher + 3 * student
+
+
+def _sides(crops: CropConfig) -> tuple[int, ...]:
+    return (crops.global_size, crops.local_size)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's bfloat16 peak in FLOP/s, None when it is not in the table."""
+    for name, peak in PEAK_FLOPS.items():
+        if name.lower() in device.device_kind.lower():
+            return peak
+    return None
+
+
+def make_plan(config: ConfigDict, num_devices: int) -> Plan:
+    """Build and check everything. Raises ValueError or OSError, one line each."""
+    source = make_source(config)
+    crops = make_crops(config)
+    start = load_start(config)
+    modules = make_modules(config, start)
+    for side in _sides(crops):
+        if side % modules.backbone.patch_size:
+            raise ValueError(
+                f"crop size {side} is not divisible by "
+                f"patch size {modules.backbone.patch_size}"
+            )
+    groups = resolve_groups(config.groups, config.batch_size, num_devices)
+    if groups % (config.accum_steps * num_devices):
+        raise ValueError(
+            f"{groups} groups on {num_devices} devices cannot be cut into accum_steps "
+            f"{config.accum_steps}: groups must be a multiple of their product"
+        )
+    mean, std = normalization(config.data.normalization, source, config.data.channels)
+    steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
+    if steps_per_epoch < 1:
+        raise ValueError(
+            f"{len(source)} images do not fill one batch of {config.batch_size}; "
+            "set steps_per_epoch"
+        )
+    schedules = make_schedules(config, steps_per_epoch)
+    o = config.optim
+    optimizer = make_optimizer(
+        learning_rate=schedules["lr"],
+        last_layer_learning_rate=schedules["last_layer_lr"],
+        weight_decay=schedules["weight_decay"],
+        layerwise_decay=o.layerwise_decay,
+        patch_embed_multiplier=o.patch_embed_multiplier,
+        freeze_backbone_steps=int(o.freeze_backbone_epochs * steps_per_epoch),
+        clip_norm=o.clip_norm,
+        b1=o.b1,
+        b2=o.b2,
+    )
+    return Plan(
+        source=source,
+        crops=crops,
+        modules=modules,
+        objective=Objective(mean, std, **config.loss),
+        optimizer=optimizer,
+        schedules=schedules,
+        groups=groups,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.epochs * steps_per_epoch,
+        flops_per_step=step_flops(config, modules, crops),
+        start=start,
+    )

@@ -1,0 +1,1 @@
+"""Weight files in: other projects' names and shapes to ours."""
