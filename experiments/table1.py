@@ -107,10 +107,8 @@ def run_cell(args, row: Row, column: Column, say) -> None:
     if claim(folder, config, checkpoint) is not None:
         return
     if config.task == "classification":
-        from ultradino_jax.evaluators.classification.evaluate import (
-            evaluate,
-            load_dataset,
-        )
+        from ultradino_jax.data.datasets.open import load_dataset
+        from ultradino_jax.evaluators.classification.evaluate import evaluate
     else:
         from ultradino_jax.evaluators.segmentation.evaluate import (
             evaluate,

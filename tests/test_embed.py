@@ -7,7 +7,7 @@ import pytest
 
 import ultradino_jax.embed as embedding
 from tests.exports.test_backbones import backbone
-from ultradino_jax.checkpoint import save_backbone
+from ultradino_jax.backbone import save_backbone
 from ultradino_jax.embed import embed, main
 
 RNG = np.random.default_rng(0)

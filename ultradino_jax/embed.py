@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress

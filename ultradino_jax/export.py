@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone, params_digest
-from ultradino_jax.data.sources import PhantomSource, open_source
+from ultradino_jax.backbone import Backbone, params_digest
+from ultradino_jax.data.phantom.source import PhantomSource
+from ultradino_jax.data.sources import open_source
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.trained import load_trained

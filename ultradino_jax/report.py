@@ -12,8 +12,8 @@ import time
 from html import escape
 from pathlib import Path
 
-from ultradino_jax.health.alarms import read_rows
 from ultradino_jax.health.curves import chart
+from ultradino_jax.jsonl import read_rows
 from ultradino_jax.run.writer import format_duration
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.

@@ -54,3 +54,30 @@ def linear_schedule(start: float, end: float, steps: int) -> Schedule:
         return start + (end - start) * jnp.clip(x, 0.0, 1.0)
 
     return schedule
+
+
+def warmup_linear(
+    step, *, warmup: int, total: int, start: float = 1e-6, decay_from: int | None = None
+):
+    """Learning-rate factor: from `start` up to 1 at step warmup-1, then down to 0.
+
+    The line down begins at `decay_from` (the end of the warm-up when None) and reaches
+    0 at the last step, total-1: the two schedulers the reference chains.
+    """
+    decay_from = warmup if decay_from is None else decay_from
+    step = jnp.asarray(step, jnp.float32)
+    up = start + (1 - start) * jnp.minimum(step / max(warmup - 1, 1), 1.0)
+    down = 1 - (step - decay_from) / max(total - 1 - decay_from, 1)
+    return jnp.where(step < decay_from, up, jnp.clip(down, 0.0, 1.0))
+
+
+def warmup_cosine(step, warmup: int, total: int):
+    """Learning-rate factor: step/warmup below `warmup`, then half a cosine to 0.
+
+    The first step of a run with a warm-up has factor 0. Steps past `total` stay at 0,
+    where the reference's formula would rise again.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    x = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * x))
+    return jnp.where(step < warmup, step / max(warmup, 1), cosine)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ultradino_jax.tree import map_with_name
@@ -97,3 +98,9 @@ def resolve_groups(groups: int, batch_size: int, devices: int) -> int:
             f"(groups {groups}, {devices} devices)"
         )
     return resolved
+
+
+def wait_for_all(what: str) -> None:
+    """A barrier of all processes; nothing with one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.data.cache import ENCODINGS, CacheSource
+from ultradino_jax.data.cache import ENCODINGS
 from ultradino_jax.data.canvas import place_on_canvas
 from ultradino_jax.data.crops import CropConfig, render_crops, sample_crops
 from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.data.pipeline import build_pipeline
-from ultradino_jax.data.sources import FolderSource
+from ultradino_jax.data.sources import CacheSource, FolderSource
 from ultradino_jax.prepare import prepare
 
 SIZE = (768, 1024)

@@ -20,15 +20,9 @@ import grain
 import numpy as np
 
 from tests.data.prepare.inputs import dicom
-from ultradino_jax.data.cache import (
-    FORMAT,
-    INDEX,
-    VERSION,
-    CacheSource,
-    encode,
-    write_shard,
-)
+from ultradino_jax.data.cache import FORMAT, INDEX, VERSION, encode, write_shard
 from ultradino_jax.data.phantom.render import render_phantom
+from ultradino_jax.data.sources import CacheSource
 from ultradino_jax.prepare import prepare
 
 SIZE = (768, 1024)

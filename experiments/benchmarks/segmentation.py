@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
     initial_variables,

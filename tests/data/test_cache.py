@@ -12,13 +12,12 @@ from ultradino_jax.data.cache import (
     FORMAT,
     INDEX,
     VERSION,
-    CacheSource,
     OutputError,
     decode,
     encode,
     write_shard,
 )
-from ultradino_jax.data.sources import BadImage, open_source
+from ultradino_jax.data.sources import BadImage, CacheSource, open_source
 
 PICTURES = [fan(40 + k, 56, seed=k)[0] for k in range(7)]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import (
     BadImage,
     FolderSource,
     ListSource,
-    PhantomSource,
     open_source,
     read_image,
 )
@@ -233,9 +233,8 @@ def test_open_source_chooses(folder, monkeypatch):
     assert len(open_source(root, channels=3)) == len(names)
     assert open_source(str(root), channels=3)[0].shape[2] == 3
 
-    cache = types.ModuleType("ultradino_jax.data.cache")
-    cache.CacheSource = lambda root, channels: ("cache", root, channels)
-    monkeypatch.setitem(sys.modules, "ultradino_jax.data.cache", cache)
+    fake = lambda root, channels: ("cache", root, channels)  # noqa: E731
+    monkeypatch.setattr("ultradino_jax.data.sources.CacheSource", fake)
     manifest = root / "manifest.json"
     manifest.write_text(json.dumps({"format": "something else"}))
     assert isinstance(open_source(root), FolderSource)

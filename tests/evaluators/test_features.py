@@ -8,7 +8,7 @@ from PIL import Image
 from skimage.transform import downscale_local_mean
 from skimage.transform import resize as skimage_resize
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.features import Features, Preprocess, extract_features
 from ultradino_jax.models.vit import ViT
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultradino_jax.checkpoint import Backbone, RunCheckpoints, save_backbone
+from ultradino_jax.backbone import Backbone, save_backbone
+from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.export import (
     ExportRefused,
     check_images,
@@ -17,13 +18,13 @@ from ultradino_jax.export import (
     main,
     our_features,
 )
-from ultradino_jax.exports.heads import run_facts, run_heads
+from ultradino_jax.exports.heads import load_heads_file, run_facts, run_heads
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights import naming
-from ultradino_jax.weights.load import load_backbone_file, load_heads_file
+from ultradino_jax.weights.load import load_backbone_file
 
 MODEL = ViT(64, 2, 2, patch_size=16, image_size=64, layerscale=0.1, drop_path=0.3)
 HEAD = DINOHead(hidden_dim=16, bottleneck_dim=8, num_prototypes=12)

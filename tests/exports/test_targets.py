@@ -10,10 +10,11 @@ torch = pytest.importorskip("torch")
 
 from tests.exports.test_backbones import MODEL, backbone, equal_trees, run  # noqa: E402, F401
 from tests.weights import torch_models  # noqa: E402
-from ultradino_jax.checkpoint import save_backbone  # noqa: E402
+from ultradino_jax.backbone import save_backbone  # noqa: E402
 from ultradino_jax.export import check_images, export, our_features  # noqa: E402
+from ultradino_jax.exports.heads import load_heads_file  # noqa: E402
 from ultradino_jax.exports.onnx_backbone import to_channels_first, vit_onnx  # noqa: E402
-from ultradino_jax.weights.load import load_backbone_file, load_heads_file  # noqa: E402
+from ultradino_jax.weights.load import load_backbone_file  # noqa: E402
 
 
 def checked(folder, kind, model=MODEL, **options):

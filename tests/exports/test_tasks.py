@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.exports.test_backbones import MODEL, backbone, equal_trees, random_params
-from ultradino_jax.checkpoint import save_backbone
+from ultradino_jax.backbone import save_backbone
 from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
     save_classifier,

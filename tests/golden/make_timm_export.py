@@ -37,7 +37,7 @@ def tiny_backbone(registers: int):
     import jax
     import jax.numpy as jnp
 
-    from ultradino_jax.checkpoint import Backbone
+    from ultradino_jax.backbone import Backbone
     from ultradino_jax.models.vit import ViT
     from ultradino_jax.tree import map_with_name
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultradino_jax.checkpoint import Backbone
-from ultradino_jax.data.sources import PhantomSource
+from ultradino_jax.backbone import Backbone
+from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.health import alarms
 from ultradino_jax.health.teacher import Probe
+from ultradino_jax.jsonl import read_rows
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT
-from ultradino_jax.run.stops import Meter
+from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.train import train
 
 # The first 160 of 240 steps of configs/pretrain_smoke.py with epochs=4, log_every=10,
@@ -25,8 +26,8 @@ PHASE = 8  # steps of each planted failure
 
 
 def test_a_healthy_run_raises_no_alarm():
-    rows = alarms.read_rows(HEALTHY / "metrics.jsonl")
-    assert len(rows) == 16 and len(alarms.read_rows(HEALTHY / "health.jsonl")) == 4
+    rows = read_rows(HEALTHY / "metrics.jsonl")
+    assert len(rows) == 16 and len(read_rows(HEALTHY / "health.jsonl")) == 4
     watch, events = alarms.replay(HEALTHY, alarms.Facts(warmup=60, num_prototypes=128))
     assert events == [] and watch.active == {}
 
@@ -89,7 +90,7 @@ def starts(events):
 
 
 def test_collapses_and_a_fast_step_are_seen_from_their_first_row(planted):
-    events = alarms.read_rows(planted / "alarms.jsonl")
+    events = read_rows(planted / "alarms.jsonl")
     since = starts(events)
     since.pop("data starvation", None)  # a matter of the machine
     assert since.pop("uniform collapse") == PHASE
@@ -104,7 +105,7 @@ def test_collapses_and_a_fast_step_are_seen_from_their_first_row(planted):
 def test_the_list_is_a_function_of_the_files(planted):
     facts = alarms.Facts(warmup=PHASE // 2, num_prototypes=64)
     watch, events = alarms.replay(planted, facts)
-    assert events == alarms.read_rows(planted / "alarms.jsonl")
+    assert events == read_rows(planted / "alarms.jsonl")
     earlier, _ = alarms.replay(planted, facts, before=2 * PHASE)
     assert "uniform collapse" in earlier.active
     assert "uniform collapse" not in watch.active
@@ -210,4 +211,4 @@ def test_rows_without_the_numbers_are_passed_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"step": 0}) + '\n{"step": 1, "t'
     )
-    assert alarms.read_rows(tmp_path / "metrics.jsonl") == [{"step": 0}]
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 0}]

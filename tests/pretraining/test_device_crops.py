@@ -22,8 +22,8 @@ from ultradino_jax.data.crops import (
     sample_crops,
 )
 from ultradino_jax.data.phantom.render import render_phantom
+from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.pipeline import build_pipeline
-from ultradino_jax.data.sources import PhantomSource
 from ultradino_jax.pretraining import device_crops as device
 from ultradino_jax.run.plan import make_plan
 from ultradino_jax.run.train import train

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from ultradino_jax.pretraining import losses
+from ultradino_jax.pretraining import chunks, losses
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -21,9 +21,9 @@ def test_centering_equals_reference(golden):
     np.testing.assert_allclose(center, g["center_final"][0], **CLOSE)
 
 
-def sinkhorn_probs(logits, weights, temp, chunks, **options):
+def sinkhorn_probs(logits, weights, temp, count, **options):
     """Targets of logits [M,K] taken in so many chunks."""
-    z, w = (losses.in_chunks(x[None], len(x) // chunks) for x in (logits, weights))
+    z, w = (chunks.in_chunks(x[None], len(x) // count) for x in (logits, weights))
     offsets = losses.sinkhorn_offsets(lambda x: x, z, w, temp, **options)
     return jnp.exp(losses.teacher_log_probs(logits, offsets, temp))
 

@@ -18,7 +18,7 @@ import pytest
 import ultradino_jax.run.train as module
 from tests.processes import ROOT, environment, start_main
 from ultradino_jax.checkpoint import Retention, RunCheckpoints
-from ultradino_jax.pretraining.diagnostics import skip_not_finite
+from ultradino_jax.run.bad_steps import skip_not_finite
 from ultradino_jax.run.stops import EXIT_PAUSED, RunPaused, RunStopped
 from ultradino_jax.run.train import train
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.processes import start_main
-from ultradino_jax.checkpoint import RunCheckpoints, checksum, load_backbone
+from ultradino_jax.backbone import load_backbone
+from ultradino_jax.checkpoint import RunCheckpoints, checksum
 from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.run.train import RunStopped, train
 
@@ -359,7 +360,7 @@ def test_continued_pretraining_starts_from_the_weights(finished, tiny_config, tm
 
 def test_the_guard_stops_a_collapse(finished, tiny_config, tmp_path, monkeypatch):
     import ultradino_jax.run.train as module
-    from ultradino_jax.data.sources import PhantomSource
+    from ultradino_jax.data.phantom.source import PhantomSource
     from ultradino_jax.health.phantom_knn import make_guard
 
     source = PhantomSource(1, (40, 48), settings=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.checkpoint import Backbone, save_backbone
+from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights import naming

@@ -11,10 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.weights import torch_models  # noqa: E402
-from ultradino_jax.weights.load import (  # noqa: E402
-    load_backbone_file,
-    load_heads_file,
-)
+from ultradino_jax.exports.heads import load_heads_file  # noqa: E402
+from ultradino_jax.weights.load import load_backbone_file  # noqa: E402
 from ultradino_jax.weights.meta import Architecture  # noqa: E402
 
 

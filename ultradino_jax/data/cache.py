@@ -7,7 +7,6 @@ CACHE/shard-00000.npy            INDEX of the same records
 
 import hashlib
 import io
-import json
 import os
 from pathlib import Path
 
@@ -165,61 +164,3 @@ class Shards:
             path = self._files[shard].with_suffix(".npy")
             self._indexes[shard] = np.load(path, mmap_mode="r")
         return self._indexes[shard][row]
-
-
-class CacheSource:
-    """A finished cache as a source: `source[i]` -> uint8 [H,W,C].
-
-    root: the cache's directory. channels: 1, or 3 equal ones.
-    Picklable. Raises ValueError when the cache is not finished or a shard is missing or
-    of another length; reading a damaged record raises `sources.BadImage`.
-    """
-
-    def __init__(self, root: str | os.PathLike, channels: int = 1):
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
-        root = Path(root)
-        path = root / "manifest.json"
-        if not path.is_file():
-            raise ValueError(f"{root}: no manifest.json: run prepare again")
-        text = path.read_bytes()
-        self.manifest = json.loads(text)
-        found = (self.manifest.get("format"), self.manifest.get("version"))
-        if found != (FORMAT, VERSION):
-            raise ValueError(f"{path}: not a version {VERSION} cache of prepare")
-        for shard in self.manifest["shards"]:
-            file = root / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{file}: missing, or not {shard['bytes']} bytes long")
-        self._root, self._channels = root, channels
-        self._shards = Shards(root, self.manifest["shards"])
-        self._digest = hashlib.sha256(text).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __repr__(self) -> str:
-        return f"CacheSource({str(self._root)!r}, channels={self._channels})"
-
-    def __getitem__(self, position: int) -> np.ndarray:
-        from ultradino_jax.data.sources import BadImage  # sources imports this module
-
-        try:
-            pixels = self._shards.pixels(position)
-        except ValueError as error:
-            raise BadImage(str(error), self.record_id(position)) from None
-        if self._channels == 1:
-            return pixels[:, :, None]
-        return np.repeat(pixels[:, :, None], self._channels, axis=2)
-
-    def record_id(self, position: int) -> str:
-        """Keyed-hash name of a record; says nothing without the key."""
-        return record_name(self._shards.entry(position))
-
-    def group_id(self, position: int) -> str:
-        """Keyed hash of the record's patient (or folder): split on this."""
-        return self._shards.entry(position)["patient"].tobytes().hex()
-
-    def digest(self) -> str:
-        """SHA-256 of the manifest, which holds the SHA-256 of every shard."""
-        return self._digest

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.data.cache import FORMAT, VERSION, Shards, record_name
+
 MIN_SIDE = 16
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 # The decoder goes by content, so a PNG that is called .jpg is still read.
@@ -78,7 +80,7 @@ class _FileSource:
     """Image files under `root`; subclasses differ in how they find the names."""
 
     def __init__(self, root: Path, names: Iterable[str], channels: int):
-        _check_channels(channels)
+        check_channels(channels)
         self.root = root
         self.channels = channels
         # Millions of paths travel to every spawned worker: one buffer and an offset
@@ -92,7 +94,7 @@ class _FileSource:
 
     def record_id(self, index: int) -> str:
         """The file's path relative to the root, with forward slashes."""
-        _check_index(index, len(self))
+        check_index(index, len(self))
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._buffer[start : self._ends[index]])
 
@@ -105,7 +107,7 @@ class _FileSource:
 
     def digest(self) -> str:
         """sha256 over the record ids in order: equal digests mean equal streams."""
-        return _digest(self.record_id(i) for i in range(len(self)))
+        return digest_of(self.record_id(i) for i in range(len(self)))
 
 
 class FolderSource(_FileSource):
@@ -159,73 +161,6 @@ class ListSource(_FileSource):
         super().__init__(path.parent if root is None else Path(root), names, channels)
 
 
-class PhantomSource:
-    """Rendered fetal-ultrasound phantoms, for runs without any data.
-
-    Rendering is slow next to decoding, so a process keeps what it has rendered; a copy
-    sent to a worker starts empty. Threads may render the same image twice, with the
-    same result.
-
-    Args:
-      num_images: number of records.
-      size: (H, W) in pixels.
-      seed: phantoms of another seed are other images.
-      channels: C; 3 replicates the grey image.
-      settings: see `render_phantom`; None is the full variety.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        size: tuple[int, int] = (256, 256),
-        seed: int = 0,
-        channels: int = 1,
-        settings: int | None = None,
-    ):
-        _check_channels(channels)
-        if num_images < 1 or min(size) < MIN_SIDE:
-            raise ValueError(
-                f"phantom source needs an image and sides of {MIN_SIDE} pixels, got "
-                f"num_images={num_images}, size={tuple(size)}"
-            )
-        self.num_images = num_images
-        self.size = (int(size[0]), int(size[1]))
-        self.seed = seed
-        self.channels = channels
-        self.settings = settings
-        self._rendered: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_rendered": {}}
-
-    def record_id(self, index: int) -> str:
-        """A name that holds all that decides the pixels."""
-        _check_index(index, len(self))
-        world = f"settings{self.settings}/" if self.settings else ""
-        height, width = self.size
-        return f"phantom/{height}x{width}/seed{self.seed}/{world}{index}"
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        from ultradino_jax.data.phantom.render import render_phantom
-
-        _check_index(index, len(self))
-        if index not in self._rendered:
-            phantom = render_phantom(
-                index, seed=self.seed, size=self.size, settings=self.settings
-            )
-            pixels = np.repeat(phantom.image[:, :, None], self.channels, axis=2)
-            pixels.flags.writeable = False
-            self._rendered[index] = pixels
-        return self._rendered[index]
-
-    def digest(self) -> str:
-        """sha256 over the record ids in order."""
-        return _digest(self.record_id(i) for i in range(len(self)))
-
-
 def open_source(
     root: str | os.PathLike,
     *,
@@ -250,8 +185,6 @@ def open_source(
         chosen = inside if inside.is_file() else Path(list_file)
         return ListSource(chosen, folder, channels)
     if _is_cache(folder / "manifest.json"):
-        from ultradino_jax.data.cache import CacheSource
-
         return CacheSource(root, channels)
     return FolderSource(root, channels)
 
@@ -282,18 +215,77 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield (prefix / name).as_posix()
 
 
-def _digest(ids: Iterable[str]) -> str:
+def digest_of(ids: Iterable[str]) -> str:
+    """sha256 over record ids in their order."""
     sha = hashlib.sha256()
     for record_id in ids:
         sha.update(os.fsencode(record_id) + b"\0")
     return sha.hexdigest()
 
 
-def _check_channels(channels: int) -> None:
+def check_channels(channels: int) -> None:
+    """Raises ValueError unless it is 1 or 3."""
     if channels not in _PIL_MODE:
         raise ValueError(f"channels must be 1 or 3, got {channels}")
 
 
-def _check_index(index: int, length: int) -> None:
+def check_index(index: int, length: int) -> None:
+    """Raises IndexError outside of 0 .. length-1."""
     if not 0 <= index < length:
         raise IndexError(f"record {index} of a source of {length}")
+
+
+class CacheSource:
+    """A finished cache as a source: `source[i]` -> uint8 [H,W,C].
+
+    root: the cache's directory. channels: 1, or 3 equal ones.
+    Picklable. Raises ValueError when the cache is not finished or a shard is missing or
+    of another length; reading a damaged record raises `sources.BadImage`.
+    """
+
+    def __init__(self, root: str | os.PathLike, channels: int = 1):
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        root = Path(root)
+        path = root / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"{root}: no manifest.json: run prepare again")
+        text = path.read_bytes()
+        self.manifest = json.loads(text)
+        found = (self.manifest.get("format"), self.manifest.get("version"))
+        if found != (FORMAT, VERSION):
+            raise ValueError(f"{path}: not a version {VERSION} cache of prepare")
+        for shard in self.manifest["shards"]:
+            file = root / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{file}: missing, or not {shard['bytes']} bytes long")
+        self._root, self._channels = root, channels
+        self._shards = Shards(root, self.manifest["shards"])
+        self._digest = hashlib.sha256(text).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __repr__(self) -> str:
+        return f"CacheSource({str(self._root)!r}, channels={self._channels})"
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        try:
+            pixels = self._shards.pixels(position)
+        except ValueError as error:
+            raise BadImage(str(error), self.record_id(position)) from None
+        if self._channels == 1:
+            return pixels[:, :, None]
+        return np.repeat(pixels[:, :, None], self._channels, axis=2)
+
+    def record_id(self, position: int) -> str:
+        """Keyed-hash name of a record; says nothing without the key."""
+        return record_name(self._shards.entry(position))
+
+    def group_id(self, position: int) -> str:
+        """Keyed hash of the record's patient (or folder): split on this."""
+        return self._shards.entry(position)["patient"].tobytes().hex()
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds the SHA-256 of every shard."""
+        return self._digest

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import reduce
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.models.vit import ViTOutput, build_vit
 from ultradino_jax.normalization import FUS
 

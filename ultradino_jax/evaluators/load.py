@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone, load_backbone
+from ultradino_jax.backbone import Backbone, load_backbone
 from ultradino_jax.evaluators.baselines import from_scratch
 
 TRAINED_ROW = "teacher"

@@ -5,10 +5,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ultradino_jax.data.cache import CacheSource
 from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages
 from ultradino_jax.data.prepare.dedup import pixel_sha256
-from ultradino_jax.data.sources import BadImage, open_source
+from ultradino_jax.data.sources import BadImage, CacheSource, open_source
 
 
 def pretraining_source(checkpoint: str | Path):

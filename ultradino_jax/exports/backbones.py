@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone, backbone_record
+from ultradino_jax.backbone import Backbone, backbone_record
 from ultradino_jax.exports.onnx_backbone import import_onnx, vit_onnx
 from ultradino_jax.models.vit import VARIANTS, ViT
 from ultradino_jax.tree import flat_names

@@ -1,6 +1,6 @@
 """The README of an export: a model card filled from the run."""
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 
 _USE = {
     "hf": """```python

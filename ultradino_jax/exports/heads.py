@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from ultradino_jax.weights.files import read_weights
+from ultradino_jax.weights.meta import dino_head_params
 
 
 def find_run(checkpoint: str | Path) -> Path | None:
@@ -69,3 +73,24 @@ def run_heads(checkpoint: str | Path) -> dict:
             heads, restore_args=to_here, partial_restore=True
         )
         return checkpointer.restore(state, args=arguments)["teacher"]
+
+
+def load_heads_file(path: str | Path) -> dict:
+    """{'dino_head': params[, 'ibot_head': params]} of a run or a training checkpoint.
+
+    Raises ValueError when the file holds no projection head.
+    """
+    if find_run(path) is not None:
+        return run_heads(path)
+    heads: dict[str, dict] = {}
+    for name, x in read_weights(path).heads.items():
+        head, _, rest = name.partition(".")
+        # iBOT shares one head between its losses and calls it 'head'.
+        heads.setdefault("dino_head" if head == "head" else head, {})[rest] = x
+    if not heads:
+        raise ValueError(f"{path} holds no dino_head or ibot_head")
+    try:
+        params = {name: dino_head_params(state) for name, state in heads.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return jax.tree.map(jnp.asarray, params)

@@ -11,12 +11,8 @@ from einops import rearrange
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter
 from ultradino_jax.exports.onnx_backbone import Graph, vit_onnx
-from ultradino_jax.models.upernet import (
-    NORM_EPS,
-    POOL_SCALES,
-    UperNet,
-    pooling_matrix,
-)
+from ultradino_jax.models.layers import NORM_EPS
+from ultradino_jax.models.upernet import POOL_SCALES, UperNet, pooling_matrix
 
 
 def classifier_onnx(classifier: Classifier):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import backbone_record, record_to_backbone
+from ultradino_jax.backbone import backbone_record, record_to_backbone
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,

@@ -5,10 +5,11 @@ goes on after `rows` bad rows in a row and off at the first good one. The list i
 function of those three files, so a resumed run rebuilds it by reading them.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ultradino_jax.jsonl import read_rows
 
 
 @dataclass(frozen=True)
@@ -228,18 +229,6 @@ class Watch:
             "advice": alarm.advice,
         }
         return self.active[name]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a JSON-lines file; [] when there is none. A cut line ends it."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
 
 
 def replay(workdir: str | Path, facts: Facts, before: int | None = None):

@@ -6,13 +6,15 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone, Retention
+from ultradino_jax.backbone import Backbone
+from ultradino_jax.checkpoint import Retention
 from ultradino_jax.health import alarms
 from ultradino_jax.health.panels import attention_panel, png
 from ultradino_jax.health.teacher import Probe
+from ultradino_jax.jsonl import MetricFile, read_rows
 from ultradino_jax.run.plan import Plan, phantom_source
 from ultradino_jax.run.stops import RunStopped
-from ultradino_jax.run.writer import MetricFile, Writer
+from ultradino_jax.run.writer import Writer
 
 
 def facts_of(config: ConfigDict, plan: Plan) -> alarms.Facts:
@@ -52,7 +54,7 @@ class Doctor:
             patients=config.health.patients,
             phantom=phantom_source(config),
         )
-        for row in alarms.read_rows(workdir / "health.jsonl"):
+        for row in read_rows(workdir / "health.jsonl"):
             if row["step"] < start:
                 retention.scores[row["step"] + 1] = row["knn"]
         self.watch, events = alarms.replay(workdir, facts_of(config, plan), start)

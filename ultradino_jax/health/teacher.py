@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.table import load_class_folders, load_csv
-from ultradino_jax.data.sources import BadImage, PhantomSource
+from ultradino_jax.data.phantom.source import PhantomSource
+from ultradino_jax.data.sources import BadImage
 from ultradino_jax.evaluators.classification.knn import knn_accuracy
 from ultradino_jax.evaluators.features import Preprocess, extract_features
 from ultradino_jax.health.features import feature_health, prototypes_used

@@ -10,8 +10,8 @@ the batch norms are those of their later PyTorch release. The output layer is a 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ultradino_jax.models.layers import BatchNorm, Upsample
 from ultradino_jax.models.unet import pad_to_multiple
-from ultradino_jax.models.upernet import BatchNorm, Upsample
 
 LEVELS = 4
 glorot = nn.initializers.glorot_uniform()

@@ -10,7 +10,7 @@ size, as in every later use for whole images.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ultradino_jax.models.upernet import NORMS, BatchNorm, Upsample
+from ultradino_jax.models.layers import NORMS, BatchNorm, Upsample
 
 LEVELS = 4
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ultradino_jax.models.block import Mlp, trunc_normal
+from ultradino_jax.models.layers import Upsample
 from ultradino_jax.models.unet import pad_to_multiple
-from ultradino_jax.models.upernet import Upsample
 
 PATCH = 16
 NORM_EPS = 1e-5

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ultradino_jax.optimizer import CountState, submodule_norms
+from ultradino_jax.optimizer import submodule_norms
 from ultradino_jax.pretraining import losses
 
 
@@ -36,28 +36,3 @@ def watch(terms, grads, updates, student, teacher, centers) -> dict[str, jax.Arr
         **norms,
         **{f"center_norm/{k}": jnp.linalg.norm(v) for k, v in centers.items()},
     }
-
-
-def skip_not_finite(train_step):
-    """train_step that leaves the state alone when any of its metrics is not finite.
-
-    Only the step counters advance (the state's and the schedules'), so data, keys and
-    schedules stay functions of the step. The metric 'skipped' is 1 for such a step.
-    """
-
-    def step(state, batch):
-        new, metrics = train_step(state, batch)
-        finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
-
-        def choose(after, before):
-            if isinstance(after, CountState):
-                return after
-            return jnp.where(finite, after, before)
-
-        kept = jax.tree.map(
-            choose, new, state, is_leaf=lambda x: isinstance(x, CountState)
-        )
-        metrics = {**metrics, "skipped": 1.0 - finite.astype(jnp.float32)}
-        return kept.replace(step=new.step), metrics
-
-    return step

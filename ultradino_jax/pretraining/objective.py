@@ -20,7 +20,7 @@ from einops import rearrange
 
 from ultradino_jax.models.dino_head import DINOHead, prototype_logits
 from ultradino_jax.models.vit import ViT
-from ultradino_jax.pretraining import losses
+from ultradino_jax.pretraining import chunks, losses
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def gather_tokens(patch_tokens, mask_indices):
 
 
 def dino_chunk(kernel, rows, targets, *, head, objective):
-    """DINO loss of c images of a group, as `losses.summed_over_chunks` wants it.
+    """DINO loss of c images of a group, as `chunks.summed_over_chunks` wants it.
 
     rows: student features {'global' [c,G,E], 'local' [c,L,E]}; targets: (the teacher's
     global features [c,G,E], (its kernel, offsets [I,K], temperature, share c/b)).
@@ -191,19 +191,19 @@ def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
     )
     dino = rearrange(dino, "w g b e -> w b g e")
     images, masked = chunk_sizes(objective, batch)
-    dino_chunks = losses.in_chunks(dino, images)
-    ibot_chunks, weight_chunks = losses.in_chunks((ibot, weights), masked)
+    dino_chunks = chunks.in_chunks(dino, images)
+    ibot_chunks, weight_chunks = chunks.in_chunks((ibot, weights), masked)
     parts = {}
-    for name, head, params, features, chunks, real in (
+    for name, head, params, features, pieces, real in (
         ("dino", modules.dino_head, teacher["dino_head"], dino, dino_chunks, None),
         ("ibot", ibot_head, ibot_params, ibot, ibot_chunks, weight_chunks),
     ):
         kernel = kernel_of(head, params)
         if objective.centering == "sinkhorn_knopp":
-            real = jnp.ones(chunks.shape[:-1]) if real is None else real
+            real = jnp.ones(pieces.shape[:-1]) if real is None else real
             offsets = losses.sinkhorn_offsets(
                 functools.partial(prototype_logits, kernel=kernel, dtype=head.dtype),
-                chunks,
+                pieces,
                 real,
                 teacher_temp,
                 objective.sinkhorn_iterations,
@@ -255,7 +255,7 @@ def chunk_sizes(objective, batch):
     _, g, b = batch["global_crops"].shape[:3]
     crops = g + batch["local_crops"].shape[1]
     masked = batch["mask_indices"].shape[1]
-    images = losses.chunk_size(b, objective.chunk_rows // crops)
+    images = chunks.chunk_size(b, objective.chunk_rows // crops)
     return images, masked // -(-masked // objective.chunk_rows)
 
 
@@ -302,8 +302,8 @@ def student_features(modules, objective, student, batch, key):
     patch_rows = features_of(*modules.ibot(student), tokens)
     return (
         cls_token,
-        losses.in_chunks(crops, images),
-        losses.in_chunks(patch_rows, masked),
+        chunks.in_chunks(crops, images),
+        chunks.in_chunks(patch_rows, masked),
     )
 
 
@@ -324,12 +324,12 @@ def compute_losses(modules, objective, student, batch, targets, key):
     ibot = functools.partial(ibot_chunk, head=ibot_head, objective=objective)
     kernel = kernel_of(modules.dino_head, student["dino_head"])
     if modules.ibot_head is None:  # in one go: one gradient of the shared prototypes
-        total, terms = losses.summed_over_chunks((dino, ibot), kernel, rows, targets)
+        total, terms = chunks.summed_over_chunks((dino, ibot), kernel, rows, targets)
     else:
         total, terms = 0.0, ()
         kernels = kernel, kernel_of(ibot_head, ibot_params)
         for f, k, r, t in zip((dino, ibot), kernels, rows, targets, strict=True):
-            part, extra = losses.summed_over_chunks((f,), k, (r,), (t,))
+            part, extra = chunks.summed_over_chunks((f,), k, (r,), (t,))
             total, terms = total + part, terms + extra
     terms = terms[0] | terms[1]
     terms["koleo"] = objective.koleo_weight * koleo.mean(axis=0).sum()

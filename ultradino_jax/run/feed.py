@@ -8,8 +8,10 @@ import jax
 from ml_collections import ConfigDict
 
 from ultradino_jax.data.pipeline import build_pipeline
+from ultradino_jax.run.bad_steps import BadRecords
+from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.plan import Plan
-from ultradino_jax.run.stops import BadRecords, Meter, RunStopped, Signals
+from ultradino_jax.run.stops import RunStopped, Signals
 
 MAX_RESTARTS = 3
 # What Grain says of a worker process that is gone.

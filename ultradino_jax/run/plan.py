@@ -3,15 +3,14 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone
-from ultradino_jax.data.cache import CacheSource
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.crops import CropConfig
 from ultradino_jax.data.masking import mask_buffer_length
-from ultradino_jax.data.sources import PhantomSource, open_source
+from ultradino_jax.data.phantom.source import PhantomSource
+from ultradino_jax.data.sources import CacheSource, open_source
 from ultradino_jax.models.dino_head import DINOHead, head_flops
 from ultradino_jax.models.vit import ViT, build_vit, forward_flops
 from ultradino_jax.normalization import NORMALIZATION
@@ -20,17 +19,6 @@ from ultradino_jax.pretraining.objective import Modules, Objective
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
 from ultradino_jax.weights.load import load_backbone_file
-
-# Dense bfloat16 peak per device in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "V100": 125e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,14 +210,6 @@ def step_flops(config: ConfigDict, modules: Modules, crops: CropConfig) -> float
 
 def _sides(crops: CropConfig) -> tuple[int, ...]:
     return (crops.global_size, crops.local_size)
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's bfloat16 peak in FLOP/s, None when it is not in the table."""
-    for name, peak in PEAK_FLOPS.items():
-        if name.lower() in device.device_kind.lower():
-            return peak
-    return None
 
 
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:

@@ -12,23 +12,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone, Retention, RunCheckpoints, save_backbone
+from ultradino_jax.backbone import Backbone, save_backbone
+from ultradino_jax.checkpoint import Retention, RunCheckpoints
 from ultradino_jax.health.checkups import Doctor
 from ultradino_jax.health.panels import crops_panel
 from ultradino_jax.pretraining.device_crops import rendered
-from ultradino_jax.pretraining.diagnostics import skip_not_finite
 from ultradino_jax.pretraining.step import init_state, make_train_step
+from ultradino_jax.run.bad_steps import BadRecords, Skips, skip_not_finite
 from ultradino_jax.run.feed import Feed
+from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.plan import Plan, make_plan, vit_name
-from ultradino_jax.run.stops import (
-    BadRecords,
-    Interrupted,
-    Meter,
-    RunPaused,
-    RunStopped,
-    Signals,
-    Skips,
-)
+from ultradino_jax.run.stops import Interrupted, RunPaused, RunStopped, Signals
 from ultradino_jax.run.workdir import Lock, record_config, record_run
 from ultradino_jax.run.writer import Progress, Writer
 from ultradino_jax.sharding import (
@@ -262,7 +256,7 @@ def _loop(
 ):
     config, plan, mesh, workdir = run.config, run.plan, run.mesh, run.workdir
     total = plan.total_steps
-    meter = Meter(plan, config.batch_size, config.model.dtype)
+    meter = Meter(plan.flops_per_step, config.batch_size, config.model.dtype)
     bad = BadRecords(workdir, plan.source, config.data.max_bad_fraction, run.say)
     skips = Skips(workdir, plan.source, config.nan, writer, start, run.say)
     sharding = batch_sharding(mesh)

@@ -1,6 +1,5 @@
 """What a run writes for people and tools: metric files and a progress line."""
 
-import json
 import os
 import platform
 import struct
@@ -16,6 +15,8 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import image as image_summary
 from tensorboardX.summary import scalar as scalar_summary
 
+from ultradino_jax.jsonl import MetricFile
+
 
 def format_duration(seconds: float) -> str:
     """90061 -> '1d 1h', 3700 -> '1h 1m', 75 -> '1m 15s'."""
@@ -27,36 +28,6 @@ def format_duration(seconds: float) -> str:
             parts.append(f"{seconds // size}{name}")
             seconds %= size
     return " ".join(parts[:2])
-
-
-class MetricFile:
-    """JSON lines {'step': k, name: value, ..} that survive a restart.
-
-    Opening at `start_step` drops the lines of later steps (and a line cut by a crash),
-    so a resumed run leaves the same bytes as one that was never stopped.
-    """
-
-    def __init__(self, path: Path, start_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] < start_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):
-                    break
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
-
-    def write(self, step: int, values: dict) -> None:
-        """Append one line, flushed."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class Board:

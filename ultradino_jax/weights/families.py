@@ -1,4 +1,4 @@
-"""Tensors of a known family of vision transformers -> `checkpoint.Backbone`."""
+"""Tensors of a known family of vision transformers -> `backbone.Backbone`."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone, record_to_backbone
+from ultradino_jax.backbone import Backbone, record_to_backbone
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import VARIANTS, ViT
 from ultradino_jax.normalization import FUS, IMAGENET

@@ -1,4 +1,4 @@
-"""Any public or own checkpoint -> `checkpoint.Backbone`.
+"""Any public or own checkpoint -> `backbone.Backbone`.
 
 Read are: this project's runs, backbones and exports; DINOv2 with and without registers
 in Meta's, Hugging Face's and timm's naming; iBOT; USFM; UltraDINO's teacher and model
@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 
-from ultradino_jax.checkpoint import Backbone, load_backbone
-from ultradino_jax.exports.heads import find_run, run_heads
+from ultradino_jax.backbone import Backbone, load_backbone
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
 from ultradino_jax.models.usfm import USFM, resize_table
 from ultradino_jax.models.vit import VARIANTS
 from ultradino_jax.weights.families import backbone_from_tensors
 from ultradino_jax.weights.files import read_weights
-from ultradino_jax.weights.meta import dino_head_params
 
 
 def load_backbone_file(
@@ -64,27 +62,6 @@ def load_backbone_file(
         )
     backbone = with_channels(backbone, channels or backbone.channels)
     return with_image_size(backbone, image_size or backbone.image_size)
-
-
-def load_heads_file(path: str | Path) -> dict:
-    """{'dino_head': params[, 'ibot_head': params]} of a run or a training checkpoint.
-
-    Raises ValueError when the file holds no projection head.
-    """
-    if find_run(path) is not None:
-        return run_heads(path)
-    heads: dict[str, dict] = {}
-    for name, x in read_weights(path).heads.items():
-        head, _, rest = name.partition(".")
-        # iBOT shares one head between its losses and calls it 'head'.
-        heads.setdefault("dino_head" if head == "head" else head, {})[rest] = x
-    if not heads:
-        raise ValueError(f"{path} holds no dino_head or ibot_head")
-    try:
-        params = {name: dino_head_params(state) for name, state in heads.items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return jax.tree.map(jnp.asarray, params)
 
 
 def with_channels(backbone: Backbone, channels: int) -> Backbone:

@@ -24,10 +24,10 @@ from tests.data.prepare.inputs import (
     run,
     screen,
 )
-from ultradino_jax.data.cache import INDEX, CacheSource, OutputError
+from ultradino_jax.data.cache import INDEX, OutputError
 from ultradino_jax.data.phantom.dicom import write_dicom
 from ultradino_jax.data.prepare.scan import Key, scan
-from ultradino_jax.data.sources import open_source
+from ultradino_jax.data.sources import CacheSource, open_source
 from ultradino_jax.prepare import lookup, main, write_hashes
 
 

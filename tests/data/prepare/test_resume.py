@@ -11,9 +11,9 @@ import time
 import pytest
 
 from tests.data.prepare.inputs import contents, export, run
-from ultradino_jax.data.cache import CacheSource
 from ultradino_jax.data.prepare.file import MemberResult, Settings, Task, run_task
 from ultradino_jax.data.prepare.pool import run_in_order
+from ultradino_jax.data.sources import CacheSource
 
 
 @pytest.fixture(scope="module")

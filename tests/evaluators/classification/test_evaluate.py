@@ -16,13 +16,14 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 from configs.fetal_planes import get_config
-from ultradino_jax.checkpoint import Backbone, load_backbone, save_backbone
+from ultradino_jax.backbone import Backbone, load_backbone, save_backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
+from ultradino_jax.data.datasets.open import load_dataset
 from ultradino_jax.data.phantom.layouts import write_african, write_fetal_planes
 from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.evaluators.classification.classifier import load_classifier
 from ultradino_jax.evaluators.classification.compare import compare, main, read_entry
-from ultradino_jax.evaluators.classification.evaluate import evaluate, load_dataset
+from ultradino_jax.evaluators.classification.evaluate import evaluate
 from ultradino_jax.evaluators.load import load_any_backbone
 from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.models.vit import ViT

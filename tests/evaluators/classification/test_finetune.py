@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.classification import finetune as ft

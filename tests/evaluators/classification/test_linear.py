@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.evaluators.baselines import raw_pixels, untrained
 from ultradino_jax.evaluators.classification import linear
@@ -11,10 +11,10 @@ from ultradino_jax.evaluators.classification.recipe import (
     Plan,
     epoch_order,
     train_batches,
-    warmup_cosine,
 )
 from ultradino_jax.evaluators.features import Features, extract_features
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.schedules import warmup_cosine
 
 
 def test_schedule_equals_the_reference(golden):

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import fass, jnu_ifm
-from ultradino_jax.checkpoint import Backbone, save_backbone
+from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.data.datasets.segmented import segmented_images
 from ultradino_jax.data.phantom.layouts import write_fass
 from ultradino_jax.evaluators.features import Preprocess

@@ -22,17 +22,14 @@ from ultradino_jax.evaluators.segmentation.augment import (
     augment_pair,
     grid_distortion,
 )
-from ultradino_jax.evaluators.segmentation.loss import (
-    cross_entropy,
-    dice_loss,
-    warmup_linear,
-)
+from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.evaluators.segmentation.results import (
     COLOURS,
     baseline_figures,
     overlay,
 )
 from ultradino_jax.models.upernet import resize
+from ultradino_jax.schedules import warmup_linear
 
 LOSS_CASES = ("ign5", "noign5", "allign3", "bgonly5", "lowres5", "saturated5")
 METRIC_CASES = (

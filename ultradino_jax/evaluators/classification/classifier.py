@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone, load_backbone, save_backbone
+from ultradino_jax.backbone import Backbone, load_backbone, save_backbone
 from ultradino_jax.evaluators.features import Preprocess, probe_tokens
 from ultradino_jax.evaluators.load import load_any_backbone
 

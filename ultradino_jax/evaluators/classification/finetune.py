@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ultradino_jax.checkpoint import Backbone, RunCheckpoints
+from ultradino_jax.backbone import Backbone
+from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.evaluators.classification.classifier import (
     FOLDER,
@@ -36,7 +37,6 @@ from ultradino_jax.evaluators.classification.recipe import (
     Plan,
     check_same_run,
     train_batches,
-    warmup_cosine,
 )
 from ultradino_jax.evaluators.features import (
     Preprocess,
@@ -45,6 +45,7 @@ from ultradino_jax.evaluators.features import (
 )
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.optimizer import learning_rate_table, weight_decay_table
+from ultradino_jax.schedules import warmup_cosine
 
 NORM_MOMENTUM = 0.1
 # What the reference's config says and what its optimiser did: it builds groups with

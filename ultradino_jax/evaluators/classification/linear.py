@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.classification.mixup import (
@@ -27,7 +27,6 @@ from ultradino_jax.evaluators.classification.recipe import (
     Plan,
     epoch_order,
     train_batches,
-    warmup_cosine,
 )
 from ultradino_jax.evaluators.features import (
     Features,
@@ -36,6 +35,7 @@ from ultradino_jax.evaluators.features import (
     row_sharding,
 )
 from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.schedules import warmup_cosine
 
 # fmt: off
 LEARNING_RATES = (

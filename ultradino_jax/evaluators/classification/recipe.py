@@ -5,25 +5,13 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.evaluators.classification.augment import augment
 from ultradino_jax.evaluators.classification.mixup import Mix, draw_mix, no_mix
 from ultradino_jax.evaluators.features import Preprocess, to_channels
-
-
-def warmup_cosine(step, warmup: int, total: int):
-    """Learning-rate factor: step/warmup below `warmup`, then half a cosine to 0.
-
-    The first step of a run with a warm-up has factor 0. Steps past `total` stay at 0,
-    where the reference's formula would rise again.
-    """
-    step = jnp.asarray(step, jnp.float32)
-    x = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * x))
-    return jnp.where(step < warmup, step / max(warmup, 1), cosine)
+from ultradino_jax.schedules import warmup_cosine
 
 
 class Plan:

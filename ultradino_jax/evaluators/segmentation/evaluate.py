@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages, make_splits
 from ultradino_jax.evaluators.baselines import untrained

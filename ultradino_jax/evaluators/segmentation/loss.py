@@ -39,18 +39,3 @@ def dice_loss(logits, labels, kind: str = "reference"):
     axes = (1, 2, 3)
     union = (p * p).sum(axes) + SMOOTH + (t * t).sum(axes) + SMOOTH
     return jnp.mean(1 - 2 * (p * t).sum(axes) / union)
-
-
-def warmup_linear(
-    step, *, warmup: int, total: int, start: float = 1e-6, decay_from: int | None = None
-):
-    """Learning-rate factor: from `start` up to 1 at step warmup-1, then down to 0.
-
-    The line down begins at `decay_from` (the end of the warm-up when None) and reaches
-    0 at the last step, total-1: the two schedulers the reference chains.
-    """
-    decay_from = warmup if decay_from is None else decay_from
-    step = jnp.asarray(step, jnp.float32)
-    up = start + (1 - start) * jnp.minimum(step / max(warmup - 1, 1), 1.0)
-    down = 1 - (step - decay_from) / max(total - 1 - decay_from, 1)
-    return jnp.where(step < decay_from, up, jnp.clip(down, 0.0, 1.0))

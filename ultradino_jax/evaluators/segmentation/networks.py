@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ultradino_jax.checkpoint import Backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet

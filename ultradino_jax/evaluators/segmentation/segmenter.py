@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ultradino_jax.checkpoint import Backbone, backbone_record, record_to_backbone
+from ultradino_jax.backbone import Backbone, backbone_record, record_to_backbone
 from ultradino_jax.evaluators.features import Preprocess, row_sharding
 from ultradino_jax.evaluators.segmentation.networks import Network
 from ultradino_jax.models.upernet import UperNet, default_taps

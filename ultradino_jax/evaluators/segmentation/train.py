@@ -21,16 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ultradino_jax.checkpoint import Backbone, RunCheckpoints
+from ultradino_jax.backbone import Backbone
+from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.evaluators.classification.recipe import check_same_run
 from ultradino_jax.evaluators.features import row_sharding
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation.augment import augment_pair
-from ultradino_jax.evaluators.segmentation.loss import (
-    cross_entropy,
-    dice_loss,
-    warmup_linear,
-)
+from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.evaluators.segmentation.metrics import mean_dice, pixel_counts
 from ultradino_jax.evaluators.segmentation.networks import Network
 from ultradino_jax.evaluators.segmentation.segmenter import (
@@ -41,6 +38,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     segmentation_model,
     with_drop_path,
 )
+from ultradino_jax.schedules import warmup_linear
 from ultradino_jax.tree import map_with_name
 
 WEIGHT_DECAY = 0.01

@@ -1,0 +1,70 @@
+"""How fast a run goes."""
+
+import contextlib
+import time
+
+import jax
+
+# Dense bfloat16 peak per device in FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+}
+
+
+class Meter:
+    """Speed since the last reading."""
+
+    def __init__(self, flops_per_step: float, batch_size: int, dtype: str):
+        self.flops_per_step, self.batch_size = flops_per_step, batch_size
+        peak = peak_flops(jax.devices()[0]) if dtype == "bfloat16" else None
+        self.peak = peak and peak * jax.device_count()
+        self.last = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self.start, self.steps, self.waited = time.monotonic(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Count the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading; starts a new interval.
+
+        With no step since, as when a checkpoint waits for the step just logged, the
+        last reading again.
+        """
+        if self.steps == 0 and self.last:
+            return self.last
+        elapsed = time.monotonic() - self.start
+        seconds = elapsed / max(self.steps, 1)
+        flops = self.flops_per_step / seconds
+        timing = {
+            "seconds_per_step": seconds,
+            "images_per_second": self.batch_size / seconds,
+            "data_wait": self.waited / elapsed,
+            "gflops_per_second": flops / 1e9,
+        }
+        if self.peak:
+            timing["mfu"] = flops / self.peak
+        self.reset()
+        self.last = timing
+        return timing
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's bfloat16 peak in FLOP/s, None when it is not in the table."""
+    for name, peak in PEAK_FLOPS.items():
+        if name.lower() in device.device_kind.lower():
+            return peak
+    return None
