@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.sharding import wait_for_all
@@ -75,10 +76,10 @@ def backbone_record(backbone: Backbone) -> dict:
 
 
 def record_to_backbone(record: dict, params, source: str) -> Backbone:
-    """The inverse, given the parameters. Raises ValueError for an unknown class."""
+    """The inverse, given the parameters. Raises UserError for an unknown class."""
     name = record.get("class", "ViT")
     if name not in MODEL_CLASSES:
-        raise ValueError(f"{source}: unknown model class {name!r} in its record")
+        raise UserError(f"{source}: unknown model class {name!r} in its record")
     fields = {**record["model"], "dtype": jnp.dtype(record["model"]["dtype"])}
     return Backbone(
         model=MODEL_CLASSES[name](**fields),
@@ -119,7 +120,7 @@ def load_backbone(path: str | Path) -> Backbone:
     """Read a backbone written by `save_backbone`, or a run's newest export.
 
     `path` is the backbone's folder or the workdir of a run. Raises FileNotFoundError
-    naming the path when neither holds a `backbone.json`, and ValueError when the
+    naming the path when neither holds a `backbone.json`, and UserError when the
     stored parameters do not fit the stored architecture.
     """
     path = Path(path).absolute()

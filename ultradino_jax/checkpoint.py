@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.sharding import wait_for_all
 
 
@@ -113,7 +114,7 @@ class RunCheckpoints:
                 )
                 state, meta = restored["state"], restored["meta"]
                 if int(checksum(state)) != meta["checksum"]:
-                    raise ValueError("checksum differs from the one saved")
+                    raise UserError("checksum differs from the one saved")
                 return state, meta
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 reason = str(error).strip().splitlines()[0][:200]

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.sources import BadImage, open_source
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.weights.load import load_backbone_file
@@ -54,7 +55,7 @@ def embed(
     (needs pyarrow) holds a row per image, its tokens flattened, the shapes in the
     schema's metadata.
 
-    Parts wait in `OUT.parts` until all are there. Raises ValueError for an unknown
+    Parts wait in `OUT.parts` until all are there. Raises UserError for an unknown
     token or suffix, or when parts of another checkpoint, folder or setting lie there;
     FileExistsError when `out` exists; FileNotFoundError for what is missing.
     """
@@ -62,7 +63,7 @@ def embed(
     _check_arguments(out, tokens)
     backbone = load_backbone_file(checkpoint, image_size=image_size)
     if not os.fspath(images):
-        raise ValueError("the name of the image folder is empty")
+        raise UserError("the name of the image folder is empty")
     source = open_source(images, channels=backbone.channels)
     parts = out.with_name(out.name + ".parts")
     _claim(
@@ -97,12 +98,12 @@ def embed(
 def _check_arguments(out: Path, tokens) -> None:
     unknown = [name for name in tokens if name not in TOKENS]
     if unknown or not tokens or len(set(tokens)) < len(tokens):
-        raise ValueError(
+        raise UserError(
             f"tokens must be one or more of {', '.join(TOKENS)}, each once, got "
             f"{','.join(tokens)!r}"
         )
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{str(out)!r} must end in {' or '.join(SUFFIXES)}")
+        raise UserError(f"{str(out)!r} must end in {' or '.join(SUFFIXES)}")
     if out.suffix == ".parquet":
         _import_pyarrow()
     if out.exists():
@@ -118,7 +119,7 @@ def _claim(parts: Path, settings: dict) -> None:
         before = json.loads(manifest.read_text())
         differing = sorted(k for k in settings if before.get(k) != settings[k])
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{str(parts)!r} holds parts made with other {', '.join(differing)}; "
                 "delete it or choose another --out"
             )
@@ -179,7 +180,7 @@ def _write_part(path: Path, forward: _Forward, source, indices: range) -> None:
     arrays = forward(good) if good else {}
     for name, x in arrays.items():
         if not np.isfinite(x).all():
-            raise ValueError(
+            raise UserError(
                 f"{name} features of images {ids[0]!r} to {ids[-1]!r} are not finite; "
                 "the parameters are damaged or overflow"
             )

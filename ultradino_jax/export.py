@@ -23,6 +23,7 @@ import numpy as np
 from ultradino_jax.backbone import Backbone, params_digest
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import open_source
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.trained import load_trained
@@ -136,10 +137,10 @@ def _subject(checkpoint, image_size: int | None, rgb: bool):
         return dataclasses.replace(backbone, params=params), {}
     task, facts = trained
     if image_size is not None:
-        raise ValueError("--image-size is for backbones: a head knows one size only")
+        raise UserError("--image-size is for backbones: a head knows one size only")
     if rgb:
         if not isinstance(task, Classifier):
-            raise ValueError("--rgb is for backbones and classifiers")
+            raise UserError("--rgb is for backbones and classifiers")
         backbone = with_channels(task.backbone, 3)
         task = dataclasses.replace(task, backbone=backbone)
     return task, facts
@@ -166,7 +167,7 @@ def export(
 
     The files are loaded back here and, when it is installed, run in the target library;
     `out` appears only when the outputs agree. Raises ExportRefused when they do not,
-    FileExistsError when `out` is there and no earlier export, ImportError or ValueError
+    FileExistsError when `out` is there and no earlier export, ImportError or UserError
     for what cannot be written.
     """
     out = Path(out).absolute()
@@ -181,7 +182,7 @@ def export(
         if isinstance(subject, Backbone):
             write(kind, subject, fresh, run_heads(checkpoint) if heads else None)
         elif heads:
-            raise ValueError("--heads is for the projection heads of a pretraining run")
+            raise UserError("--heads is for the projection heads of a pretraining run")
         else:
             write_task(kind, subject, fresh)
         batch = check_images(subject, images)

@@ -21,6 +21,7 @@ from ultradino_jax.data.prepare.dedup import ExcludeList, format_hashes
 from ultradino_jax.data.prepare.file import MemberResult, Settings, Task
 from ultradino_jax.data.prepare.pool import run_in_order
 from ultradino_jax.data.prepare.scan import Entry, Key, scan
+from ultradino_jax.errors import UserError
 
 _EVERY_SECONDS = 5.0
 
@@ -67,7 +68,7 @@ def prepare(
       progress: print rate and time left to stderr.
 
     Raises:
-      ValueError: arguments or directories that do not fit together.
+      UserError: arguments or directories that do not fit together.
       OutputError: the output cannot be written. A later call goes on from there.
     """
     roots = _roots(inputs)
@@ -75,7 +76,7 @@ def prepare(
     _check_options(short_side, encoding, fps, max_frames, dedup, timeout, shard_records)
     for root in roots:
         if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(root)):
-            raise ValueError(f"output {output} lies inside input {root}")
+            raise UserError(f"output {output} lies inside input {root}")
     secret = _load_key(key, output)
     excluded = ExcludeList(exclude)
     entries = list(scan(roots))
@@ -120,7 +121,7 @@ def write_hashes(
     """Writes the hash list of an evaluation set, for `exclude`; returns its length.
 
     Every frame of every file is listed, with a perceptual hash of the whole frame and
-    of its ultrasound region. Raises ValueError when a picture among the inputs cannot
+    of its ultrasound region. Raises UserError when a picture among the inputs cannot
     be read: a list with gaps would exclude less than it seems to.
     """
     entries = list(scan(_roots(inputs)))
@@ -133,7 +134,7 @@ def write_hashes(
             near = [frame.near, *(record.near for record in frame.records)]
             listed.append((frame.sha256, near))
     if problems or not listed:
-        raise ValueError(f"{problems} unreadable files, {len(listed)} frames: no list")
+        raise UserError(f"{problems} unreadable files, {len(listed)} frames: no list")
     write_whole(Path(output), format_hashes(listed).encode())
     return len(listed)
 
@@ -144,10 +145,10 @@ def lookup(
     """(id, path) of a file, or of all files below a folder, for those who hold the key.
 
     inputs: as given to `prepare`, in the same order. Members of archives follow their
-    archive. Raises ValueError when the key or the path does not exist.
+    archive. Raises UserError when the key or the path does not exist.
     """
     if not key.is_file():
-        raise ValueError(f"{key}: no such key file")
+        raise UserError(f"{key}: no such key file")
     secret = Key.load(key)
     wanted = os.path.abspath(path)
     found = False
@@ -161,7 +162,7 @@ def lookup(
             file_id = secret.file_id(entry.root, entry.name, member)
             yield file_id.hex(), f"{entry.path}!{name}"
     if not found:
-        raise ValueError(f"{path}: not below the inputs")
+        raise UserError(f"{path}: not below the inputs")
 
 
 def _member_names(entry: Entry) -> Iterator[tuple[int, str]]:
@@ -181,10 +182,10 @@ def _roots(inputs) -> list[str]:
         inputs = [inputs]
     roots = [os.fspath(i) for i in inputs]
     if not roots:
-        raise ValueError("no input")
+        raise UserError("no input")
     for root in roots:
         if not os.path.exists(root):
-            raise ValueError(f"input {root} does not exist")
+            raise UserError(f"input {root} does not exist")
     return roots
 
 
@@ -196,17 +197,17 @@ def _check_options(
         ("dedup", dedup, DEDUP),
     ):
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}: {value!r}")
+            raise UserError(f"{name} must be one of {', '.join(allowed)}: {value!r}")
     if short_side != 0 and short_side < 32:
-        raise ValueError(f"short_side must be 0 or at least 32: {short_side}")
+        raise UserError(f"short_side must be 0 or at least 32: {short_side}")
     if min(fps, max_frames, timeout, shard_records) <= 0:
-        raise ValueError("fps, max_frames, timeout and shard_records must be positive")
+        raise UserError("fps, max_frames, timeout and shard_records must be positive")
 
 
 def _load_key(path: str | os.PathLike | None, output: Path) -> Key:
     path = Path(path or output.with_name(output.name + ".key")).absolute()
     if path.is_relative_to(output):
-        raise ValueError(f"key {path} lies inside the cache: keep it elsewhere")
+        raise UserError(f"key {path} lies inside the cache: keep it elsewhere")
     try:
         return Key.load(path)
     except OSError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ultradino_jax.data.sources import BadImage, open_source
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation.results import overlay
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
@@ -34,11 +35,11 @@ def class_scores(
     'resize': the image is brought to the network's square as in training (stretched, or
     in a letterbox) and the logits back, bilinearly. 'window': squares of the network's
     side at half a side's stride see the image at its own scale; logits are averaged
-    where they overlap and a smaller image is padded with black. Raises ValueError for
+    where they overlap and a smaller image is padded with black. Raises UserError for
     another mode.
     """
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
+        raise UserError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
     height, width = image.shape[:2]
     side = segmenter.preprocess.image_size
     if mode == "resize":
@@ -85,11 +86,11 @@ def segment(
     """Write a mask per image; returns {'images': n, 'failed': m}.
 
     overlays: also write NAME_overlay.png. Masks that are there are kept. Raises
-    ValueError when the output holds masks of another checkpoint or mode, and
+    UserError when the output holds masks of another checkpoint or mode, and
     FileNotFoundError for what is missing.
     """
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
+        raise UserError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
     segmenter, record = load_segmenter(checkpoint)
     source = open_source(images, channels=segmenter.backbone.channels)
     output = Path(output)
@@ -137,7 +138,7 @@ def _claim(path: Path, facts: dict) -> None:
         before = json.loads(path.read_text())
         differing = sorted(k for k in facts if before.get(k) != facts[k])
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{str(path.parent)!r} holds masks made with other "
                 f"{', '.join(differing)}; choose another folder"
             )

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from array_record.python import array_record_module
 
+from ultradino_jax.errors import UserError
+
 FORMAT = "ultradino_cache"
 VERSION = 1
 # `file` is the keyed hash of the input file, so file-frame-box names a record for those
@@ -54,17 +56,17 @@ def encode(pixels: np.ndarray, encoding: str) -> bytes:
 
 
 def decode(record: bytes) -> np.ndarray:
-    """Record bytes -> grey picture [H,W] uint8. Raises ValueError when damaged."""
+    """Record bytes -> grey picture [H,W] uint8. Raises UserError when damaged."""
     if record[:4] == _RAW:
         height, width = np.frombuffer(record, "<u4", 2, offset=4).tolist()
         if len(record) != 12 + height * width:
-            raise ValueError("raw record of the wrong length")
+            raise UserError("raw record of the wrong length")
         return np.frombuffer(record, np.uint8, offset=12).reshape(height, width)
     pixels = None
     if record:  # OpenCV has another error for no bytes at all
         pixels = cv2.imdecode(np.frombuffer(record, np.uint8), cv2.IMREAD_GRAYSCALE)
     if pixels is None:
-        raise ValueError("record cannot be decoded")
+        raise UserError("record cannot be decoded")
     return pixels
 
 
@@ -143,7 +145,7 @@ class Shards:
         return shard, int(position - self._starts[shard])
 
     def pixels(self, position: int) -> np.ndarray:
-        """Grey picture [H,W] uint8. Raises ValueError when the record is damaged."""
+        """Grey picture [H,W] uint8. Raises UserError when the record is damaged."""
         shard, row = self._locate(position)
         try:
             if shard not in self._readers:
@@ -155,7 +157,7 @@ class Shards:
         # array_record raises RuntimeError, and IndexError where a shard is cut short.
         except (RuntimeError, IndexError, ValueError) as error:
             name = self._files[shard].name
-            raise ValueError(f"{name} record {row} is damaged: {error}") from None
+            raise UserError(f"{name} record {row} is damaged: {error}") from None
 
     def entry(self, position: int) -> np.void:
         """INDEX entry of a record: group keys, hashes, size, text-like lines."""

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from ultradino_jax.errors import UserError
+
 NUM_GLOBAL = 2
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the values of CropDecisions.order
 _ATTEMPTS = 10
@@ -30,7 +32,7 @@ class CropConfig:
     1 - p, so its 1.0, 0.1, 0.5 act as the 0.0, 0.9, 0.5 given here.
 
     Raises:
-      ValueError: a probability outside [0, 1], a range that is not ascending, an even
+      UserError: a probability outside [0, 1], a range that is not ascending, an even
         blur kernel, or a crop too small for the kernel's reflected border.
     """
 
@@ -58,18 +60,18 @@ class CropConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             if "prob" in item.name and not all(0 <= p <= 1 for p in np.ravel(value)):
-                raise ValueError(f"crops: {item.name} = {value} is outside [0, 1]")
+                raise UserError(f"crops: {item.name} = {value} is outside [0, 1]")
         for name in ("global_scale", "local_scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"crops: {name} = {(low, high)} is not ascending")
+                raise UserError(f"crops: {name} = {(low, high)} is not ascending")
         if self.blur_kernel % 2 == 0 or self.num_local < 0:
-            raise ValueError(
+            raise UserError(
                 f"crops: blur_kernel = {self.blur_kernel} must be odd and num_local = "
                 f"{self.num_local} not negative"
             )
         if min(self.global_size, self.local_size) <= self.blur_kernel // 2:
-            raise ValueError(
+            raise UserError(
                 f"crops: sizes {self.global_size} and {self.local_size} must exceed "
                 f"half the blur kernel ({self.blur_kernel})"
             )

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ultradino_jax.errors import UserError
+
 MIN_BLOCK = 4
 _ATTEMPTS = 10
 _ASPECT = (0.3, 1 / 0.3)
@@ -123,10 +125,10 @@ def sample_masks(
       M = mask_buffer_length(num_rows, N, probability, ratio).
 
     Raises:
-      ValueError: unknown style, or probability or ratio outside [0, 1].
+      UserError: unknown style, or probability or ratio outside [0, 1].
     """
     if style not in MASK_STYLES:
-        raise ValueError(f"mask style {style!r} is none of {sorted(MASK_STYLES)}")
+        raise UserError(f"mask style {style!r} is none of {sorted(MASK_STYLES)}")
     draw = MASK_STYLES[style]
     num_patches = grid[0] * grid[1]
     edges = _ratio_edges(num_rows, probability, ratio)
@@ -159,7 +161,7 @@ def mask_buffer_length(
     reference's `upperbound`.
 
     Raises:
-      ValueError: probability or ratio outside [0, 1].
+      UserError: probability or ratio outside [0, 1].
     """
     edges = _ratio_edges(num_rows, probability, ratio)
     return sum(int(num_patches * edge) for edge in edges[1:])
@@ -169,7 +171,7 @@ def _ratio_edges(
     num_rows: int, probability: float, ratio: tuple[float, float]
 ) -> np.ndarray:
     if not 0 <= probability <= 1 or not 0 <= ratio[0] <= ratio[1] <= 1:
-        raise ValueError(
+        raise UserError(
             f"mask probability {probability} and ratio {tuple(ratio)} must lie in "
             "[0, 1], the ratio in ascending order"
         )

@@ -33,6 +33,7 @@ from ultradino_jax.data.canvas import place_on_canvas
 from ultradino_jax.data.crops import NUM_GLOBAL, CropConfig, render_crops, sample_crops
 from ultradino_jax.data.masking import sample_masks
 from ultradino_jax.data.sources import BadImage
+from ultradino_jax.errors import UserError
 
 MAX_BAD = 4
 CROPS = ("global_crops", "local_crops")
@@ -87,7 +88,7 @@ def build_pipeline(
       An iterator with `close()`, which stops its workers and threads.
 
     Raises:
-      ValueError: B does not divide into groups, groups into processes, a crop into
+      UserError: B does not divide into groups, groups into processes, a crop into
         patches, or a value is out of range.
       RuntimeError: while iterating, if MAX_BAD + 1 records in a row are unreadable.
     """
@@ -97,12 +98,12 @@ def build_pipeline(
     if crops.num_local:
         _check_division("local crop size", crops.local_size, "patch_size", patch_size)
     if canvas is not None and canvas < crops.global_size:
-        raise ValueError(
+        raise UserError(
             f"a canvas of {canvas} pixels is smaller than a global crop of "
             f"{crops.global_size}"
         )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} of {process_count} processes")
+        raise UserError(f"process_index {process_index} of {process_count} processes")
     _check_not_negative(
         seed=seed,
         start_step=start_step,
@@ -253,10 +254,10 @@ class _BatchLoader:
 
 def _check_division(what: str, number: int, by: str, divisor: int) -> None:
     if divisor < 1 or number < 1 or number % divisor:
-        raise ValueError(f"{what} {number} is not divisible by {by} {divisor}")
+        raise UserError(f"{what} {number} is not divisible by {by} {divisor}")
 
 
 def _check_not_negative(**values: int) -> None:
     for name, value in values.items():
         if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+            raise UserError(f"{name} must not be negative, got {value}")

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ultradino_jax.data.cache import FORMAT, VERSION, Shards, record_name
+from ultradino_jax.errors import UserError
 
 MIN_SIDE = 16
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -23,7 +24,7 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _PIL_MODE = {1: "L", 3: "RGB"}
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image that cannot be used; `reason` says why, `record` names the image."""
 
     def __init__(self, reason: str, record: str = ""):
@@ -119,7 +120,7 @@ class FolderSource(_FileSource):
 
     Raises:
       FileNotFoundError: `root` is not a folder.
-      ValueError: there is no image below it, or `channels` is not 1 or 3.
+      UserError: there is no image below it, or `channels` is not 1 or 3.
     """
 
     def __init__(self, root: str | os.PathLike, channels: int = 1):
@@ -129,7 +130,7 @@ class FolderSource(_FileSource):
         names = sorted(_walk(folder))
         if not names:
             wanted = " ".join(EXTENSIONS)
-            raise ValueError(f"no image ({wanted}) in folder {str(root)!r}")
+            raise UserError(f"no image ({wanted}) in folder {str(root)!r}")
         super().__init__(folder, names, channels)
 
 
@@ -142,7 +143,7 @@ class ListSource(_FileSource):
 
     Raises:
       FileNotFoundError: `list_file` does not exist.
-      ValueError: it names no image, or `channels` is not 1 or 3.
+      UserError: it names no image, or `channels` is not 1 or 3.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class ListSource(_FileSource):
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
         names = [line.strip() for line in text.splitlines() if line.strip()]
         if not names:
-            raise ValueError(f"image list {str(list_file)!r} names no image")
+            raise UserError(f"image list {str(list_file)!r} names no image")
         super().__init__(path.parent if root is None else Path(root), names, channels)
 
 
@@ -175,7 +176,7 @@ def open_source(
 
     Raises:
       FileNotFoundError: the folder or the list does not exist.
-      ValueError: no image there, an unreadable manifest, or a bad argument.
+      UserError: no image there, an unreadable manifest, or a bad argument.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -195,7 +196,7 @@ def _is_cache(manifest: Path) -> bool:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(manifest)!r} is not valid JSON: {error}") from error
+        raise UserError(f"{str(manifest)!r} is not valid JSON: {error}") from error
     return isinstance(content, dict) and content.get("format") == "ultradino_cache"
 
 
@@ -224,9 +225,9 @@ def digest_of(ids: Iterable[str]) -> str:
 
 
 def check_channels(channels: int) -> None:
-    """Raises ValueError unless it is 1 or 3."""
+    """Raises UserError unless it is 1 or 3."""
     if channels not in _PIL_MODE:
-        raise ValueError(f"channels must be 1 or 3, got {channels}")
+        raise UserError(f"channels must be 1 or 3, got {channels}")
 
 
 def check_index(index: int, length: int) -> None:
@@ -239,26 +240,26 @@ class CacheSource:
     """A finished cache as a source: `source[i]` -> uint8 [H,W,C].
 
     root: the cache's directory. channels: 1, or 3 equal ones.
-    Picklable. Raises ValueError when the cache is not finished or a shard is missing or
+    Picklable. Raises UserError when the cache is not finished or a shard is missing or
     of another length; reading a damaged record raises `sources.BadImage`.
     """
 
     def __init__(self, root: str | os.PathLike, channels: int = 1):
         if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
+            raise UserError(f"channels must be 1 or 3, got {channels}")
         root = Path(root)
         path = root / "manifest.json"
         if not path.is_file():
-            raise ValueError(f"{root}: no manifest.json: run prepare again")
+            raise UserError(f"{root}: no manifest.json: run prepare again")
         text = path.read_bytes()
         self.manifest = json.loads(text)
         found = (self.manifest.get("format"), self.manifest.get("version"))
         if found != (FORMAT, VERSION):
-            raise ValueError(f"{path}: not a version {VERSION} cache of prepare")
+            raise UserError(f"{path}: not a version {VERSION} cache of prepare")
         for shard in self.manifest["shards"]:
             file = root / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{file}: missing, or not {shard['bytes']} bytes long")
+                raise UserError(f"{file}: missing, or not {shard['bytes']} bytes long")
         self._root, self._channels = root, channels
         self._shards = Shards(root, self.manifest["shards"])
         self._digest = hashlib.sha256(text).hexdigest()

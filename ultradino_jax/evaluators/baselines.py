@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import reduce
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.models.vit import ViTOutput, build_vit
 from ultradino_jax.normalization import FUS
 
@@ -24,17 +25,17 @@ def from_scratch(
 ) -> Backbone:
     """An untrained ViT of a named size, as the reference's from-scratch rows build it.
 
-    image_size, channels: 0 is 224 pixels and one channel. Raises ValueError for an
+    image_size, channels: 0 is 224 pixels and one channel. Raises UserError for an
     unknown size, or sides that do not fit the patch size.
     """
     if not arch:
-        raise ValueError(
+        raise UserError(
             "without --checkpoint the size of the network is config.model.arch: tiny, "
             "small, base or large"
         )
     side, channels = image_size or IMAGE_SIZE, channels or 1
     if patch_size <= 0 or side % patch_size:
-        raise ValueError(
+        raise UserError(
             f"image size {side} is not a multiple of the patch size {patch_size}"
         )
     model = build_vit(arch, patch_size=patch_size, image_size=side)

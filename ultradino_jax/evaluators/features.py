@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
 
 
@@ -62,7 +63,7 @@ class Preprocess:
         Bilinear, as the reference's albumentations `Resize` (OpenCV), which stretches;
         with `antialias`, the mean over each pixel's area instead where both sides
         shrink. A colour image becomes grey for a one-channel backbone (ITU-R 601, alpha
-        ignored); grey is replicated. Raises ValueError for another type or channel
+        ignored); grey is replicated. Raises UserError for another type or channel
         count.
         """
         image = to_channels(image, self.channels)
@@ -88,7 +89,7 @@ class Preprocess:
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """uint8 [H,W] or [H,W,1|3|4] -> uint8 [H,W,channels], channels 1 or 3."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(
+        raise UserError(
             f"an image must be uint8 [H,W] or [H,W,C], got {image.dtype} "
             f"{list(image.shape)}"
         )
@@ -96,7 +97,7 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
         image = image[:, :, None]
     have = image.shape[2]
     if have not in (1, 3, 4):
-        raise ValueError(f"an image must have 1, 3 or 4 channels, got {have}")
+        raise UserError(f"an image must have 1, 3 or 4 channels, got {have}")
     if have == 4:
         image, have = image[:, :, :3], 3
     if have == 3 and channels == 1:
@@ -129,7 +130,7 @@ class Features:
         Source: DINOv2 `eval/linear.py` create_linear_input.
         """
         if num_layers > self.cls.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"features hold {self.cls.shape[1]} blocks, {num_layers} were asked for"
             )
         x = self.cls[:, -num_layers:].reshape(len(self), -1)
@@ -178,7 +179,7 @@ def extract_features(
     preprocess: by default what the backbone carries.
     Batches have one shape (the last is padded) and are split over the local devices
     when they divide it. Progress is reported under `name` when it takes longer.
-    Raises ValueError when there is no image, or naming the first image whose features
+    Raises UserError when there is no image, or naming the first image whose features
     are not finite.
     """
     preprocess = preprocess or Preprocess.of(backbone)
@@ -197,7 +198,7 @@ def extract_features(
         count += valid
         progress.update(count)
     if pending is None:
-        raise ValueError(f"{name}: there is no image to extract features from")
+        raise UserError(f"{name}: there is no image to extract features from")
     outputs.append(jax.device_get(pending))
     progress.close()
     cls, mean_patch = (
@@ -205,7 +206,7 @@ def extract_features(
     )
     finite = np.isfinite(cls).all(axis=(1, 2)) & np.isfinite(mean_patch).all(axis=1)
     if not finite.all():
-        raise ValueError(
+        raise UserError(
             f"{name}: features of {int((~finite).sum())} of {count} images are not "
             f"finite, first at image {int(np.argmin(finite))}; the parameters of "
             f"{backbone.name!r} are damaged or overflow"

@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ultradino_jax.backbone import Backbone, load_backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import from_scratch
 
 TRAINED_ROW = "teacher"
@@ -13,7 +14,7 @@ TRAINED_ROW = "teacher"
 def backbone_of(config: ConfigDict, checkpoint: str | Path | None) -> Backbone:
     """What --checkpoint names or, without one, the ViT of config.model from scratch.
 
-    Raises ValueError when a row needs a checkpoint and there is none, and what
+    Raises UserError when a row needs a checkpoint and there is none, and what
     `load_any_backbone` and `from_scratch` raise.
     """
     c = config.model
@@ -22,7 +23,7 @@ def backbone_of(config: ConfigDict, checkpoint: str | Path | None) -> Backbone:
             checkpoint, arch=c.arch, image_size=c.image_size, channels=c.channels
         )
     if TRAINED_ROW in config.rows:
-        raise ValueError(
+        raise UserError(
             f"row {TRAINED_ROW!r} needs --checkpoint; without one, give config.rows "
             "that are trained from scratch"
         )
@@ -55,7 +56,7 @@ def load_any_backbone(
     """A run's workdir, an exported backbone, or a file of another project.
 
     arch: the size it must have; image_size, channels: what it is to be used at; empty
-    or 0 trusts the checkpoint. Raises FileNotFoundError or ValueError with one line.
+    or 0 trusts the checkpoint. Raises FileNotFoundError or UserError with one line.
     """
     path = Path(path)
     if not path.exists():
@@ -66,7 +67,7 @@ def load_any_backbone(
             return load_backbone(path)
         except ValueError as error:
             reason = str(error).split("Truncating")[0].split("If this")[0]
-            raise ValueError(
+            raise UserError(
                 f"{path}: the parameters are not of the architecture that its "
                 f"backbone.json names: {' '.join(reason.split())}"
             ) from error

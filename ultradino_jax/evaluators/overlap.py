@@ -8,6 +8,7 @@ import numpy as np
 from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages
 from ultradino_jax.data.prepare.dedup import pixel_sha256
 from ultradino_jax.data.sources import BadImage, CacheSource, open_source
+from ultradino_jax.errors import UserError
 
 
 def pretraining_source(checkpoint: str | Path):
@@ -83,7 +84,7 @@ def check_overlap(
     """Counts per split of images seen in pretraining, for the record.
 
     splits: the data as split for one run, or for each of several: counts are then those
-    of the first, with the largest of any run for 'val' and 'test'. Raises ValueError
+    of the first, with the largest of any run for 'val' and 'test'. Raises UserError
     when one of any val or test was seen, unless `allowed`. Training images may have
     been seen: pretraining uses no label. {'checked': False, 'reason'} when it cannot be
     known, or nothing was pretrained (no checkpoint).
@@ -106,7 +107,7 @@ def check_overlap(
         runs.append({name: int(seen[data.splits == name].sum()) for name in SPLITS})
         held_out = seen & (data.splits != "train")
         if held_out.any() and not allowed:
-            raise ValueError(
+            raise UserError(
                 f"{held_out.sum()} validation or test images of {data.name} are among "
                 f"the pretraining images, first {str(data.ids[held_out][0])!r}; leave "
                 "them out of pretraining, or set config.allow_overlap=True"

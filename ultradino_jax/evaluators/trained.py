@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import RECORD as CLASSIFIER
 from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
@@ -22,7 +23,7 @@ def trained_folder(path: str | Path) -> Path | None:
 
     path: that folder, the one above it, or a workdir with results.json: then, of the
     first row whose models were kept, the run of highest validation score (the first of
-    equals). Raises ValueError for results whose models were not kept.
+    equals). Raises UserError for results whose models were not kept.
     """
     path = Path(path).absolute()
     for record, folder in _FOLDERS.items():
@@ -41,7 +42,7 @@ def trained_folder(path: str | Path) -> Path | None:
         if found:
             return max(found, key=lambda pair: pair[0])[1]
     methods = sorted({entry["method"] for entry in results["entries"].values()})
-    raise ValueError(
+    raise UserError(
         f"{str(path)!r} holds results of {', '.join(methods)} and no trained model; "
         "modes linear and finetune and segmentations keep theirs"
     )
@@ -68,7 +69,7 @@ def _results(workdir: Path) -> dict | None:
     try:
         results = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise UserError(f"{file} is not JSON: {error}") from error
     return results if "entries" in results else None
 
 

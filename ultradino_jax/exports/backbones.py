@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ultradino_jax.backbone import Backbone, backbone_record
+from ultradino_jax.errors import UserError
 from ultradino_jax.exports.onnx_backbone import import_onnx, vit_onnx
 from ultradino_jax.models.vit import VARIANTS, ViT
 from ultradino_jax.tree import flat_names
@@ -29,15 +30,15 @@ def write(kind: str, backbone: Backbone, folder: Path, heads: dict | None) -> No
     """Write a backbone's files into an existing folder.
 
     kind: one of FORMATS. heads: {'dino_head': params, ..} to keep beside it, possible
-    for 'meta' only. Raises ValueError for an unknown format, for heads elsewhere and
+    for 'meta' only. Raises UserError for an unknown format, for heads elsewhere and
     for a model that the format cannot hold; ImportError naming the missing extra.
     """
     if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}; choose one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {kind!r}; choose one of {', '.join(FORMATS)}")
     if heads and kind != "meta":
-        raise ValueError(f"format {kind!r} has no place for projection heads; use meta")
+        raise UserError(f"format {kind!r} has no place for projection heads; use meta")
     if kind != "safetensors" and not isinstance(backbone.model, ViT):
-        raise ValueError(
+        raise UserError(
             f"{backbone.name}: format {kind!r} holds DINOv2-style ViTs only; "
             "'safetensors' holds any backbone"
         )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.weights.files import read_weights
 from ultradino_jax.weights.meta import dino_head_params
 
@@ -78,7 +79,7 @@ def run_heads(checkpoint: str | Path) -> dict:
 def load_heads_file(path: str | Path) -> dict:
     """{'dino_head': params[, 'ibot_head': params]} of a run or a training checkpoint.
 
-    Raises ValueError when the file holds no projection head.
+    Raises UserError when the file holds no projection head.
     """
     if find_run(path) is not None:
         return run_heads(path)
@@ -88,9 +89,9 @@ def load_heads_file(path: str | Path) -> dict:
         # iBOT shares one head between its losses and calls it 'head'.
         heads.setdefault("dino_head" if head == "head" else head, {})[rest] = x
     if not heads:
-        raise ValueError(f"{path} holds no dino_head or ibot_head")
+        raise UserError(f"{path} holds no dino_head or ibot_head")
     try:
         params = {name: dino_head_params(state) for name, state in heads.items()}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return jax.tree.map(jnp.asarray, params)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.backbone import backbone_record, record_to_backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
@@ -45,7 +46,7 @@ SEGMENTER_FORMATS = ("onnx", "safetensors")
 def write_task(kind: str, task: Classifier | Segmenter, folder: Path) -> None:
     """Write a classifier's or segmenter's files into an existing folder.
 
-    Raises ValueError for a format that cannot hold it, ImportError naming the missing
+    Raises UserError for a format that cannot hold it, ImportError naming the missing
     extra.
     """
     _check_format(kind, task)
@@ -71,19 +72,19 @@ def _check_format(kind: str, task: Classifier | Segmenter) -> None:
     what, name = ("classifier" if is_classifier else "segmenter"), task.backbone.name
     formats = CLASSIFIER_FORMATS if is_classifier else SEGMENTER_FORMATS
     if kind not in formats:
-        raise ValueError(
+        raise UserError(
             f"format {kind!r} has no {what}s; choose one of {', '.join(formats)}"
         )
     model = task.backbone.model if is_classifier else task.model
     if isinstance(model, UperNet):
         model = model.backbone
     if kind != "safetensors" and not isinstance(model, ViT):
-        raise ValueError(
+        raise UserError(
             f"{name}: format {kind!r} holds DINOv2-style ViTs, alone or under UperNet; "
             "'safetensors' holds any network"
         )
     if kind == "hf" and isinstance(task, Classifier) and task.layers > 1:
-        raise ValueError(
+        raise UserError(
             f"{name}: transformers' classifier sees the last block only, this probe "
             f"the last {task.layers}; onnx and safetensors hold it"
         )
@@ -122,7 +123,7 @@ def _write_hf(task: Classifier, folder: Path) -> None:
 def load_task(folder: str | Path) -> Classifier | Segmenter:
     """Read back an export of format 'safetensors', or a classifier's of 'hf'.
 
-    Raises FileNotFoundError or ValueError, one line, for anything else.
+    Raises FileNotFoundError or UserError, one line, for anything else.
     """
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
@@ -144,9 +145,7 @@ def load_task(folder: str | Path) -> Classifier | Segmenter:
     if record.get("format") == "ultradino_segmenter":
         backbone, model = module_of(record, str(folder))
         return Segmenter(backbone, model, tree, classes, record["letterbox"])
-    raise ValueError(
-        f"{str(folder)!r} holds no classifier or segmenter of this project"
-    )
+    raise UserError(f"{str(folder)!r} holds no classifier or segmenter of this project")
 
 
 def task_target(kind: str, folder: Path):

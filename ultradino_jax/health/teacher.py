@@ -16,6 +16,7 @@ from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.table import load_class_folders, load_csv
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import BadImage
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.knn import knn_accuracy
 from ultradino_jax.evaluators.features import Preprocess, extract_features
 from ultradino_jax.health.features import feature_health, prototypes_used
@@ -53,7 +54,7 @@ def sample_source(source, count: int, preprocess: Preprocess, seed: int = 0):
         except BadImage:
             continue
     if not images:
-        raise ValueError("the probe found no readable image in data.root")
+        raise UserError("the probe found no readable image in data.root")
     return np.stack(images)
 
 
@@ -63,7 +64,7 @@ def load_labelled(
     """The labelled set: '' is the phantom, else a csv or a folder per class.
 
     Of a data set the training split is known and the rest is classified. Raises
-    ValueError or OSError with one line.
+    UserError or OSError with one line.
     """
     if not labels:
         images, y, groups = labelled_phantoms(patients, phantom, preprocess.image_size)
@@ -89,7 +90,7 @@ class Probe:
         self._ready = None
 
     def prepare(self, backbone: Backbone) -> None:
-        """Read the images, once. Raises ValueError or OSError with one line."""
+        """Read the images, once. Raises UserError or OSError with one line."""
         preprocess = Preprocess.of(backbone, antialias=True)
         self.sample = sample_source(self.source, self.images, preprocess)
         self.labelled = load_labelled(

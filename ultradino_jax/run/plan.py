@@ -11,6 +11,7 @@ from ultradino_jax.data.crops import CropConfig
 from ultradino_jax.data.masking import mask_buffer_length
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import CacheSource, open_source
+from ultradino_jax.errors import UserError
 from ultradino_jax.models.dino_head import DINOHead, head_flops
 from ultradino_jax.models.vit import ViT, build_vit, forward_flops
 from ultradino_jax.normalization import NORMALIZATION
@@ -41,12 +42,12 @@ class Plan:
 def normalization(name: str, source, channels: int):
     """(mean, std) by name; 'cache' takes those measured when the cache was made.
 
-    Raises ValueError for an unknown name, statistics of another channel count, or
+    Raises UserError for an unknown name, statistics of another channel count, or
     'cache' with a source that has none.
     """
     if name == "cache":
         if not isinstance(source, CacheSource):
-            raise ValueError(
+            raise UserError(
                 "data.normalization='cache' needs data.root to be a prepared cache"
             )
         mean, std = tuple(source.manifest["mean"]), tuple(source.manifest["std"])
@@ -54,11 +55,11 @@ def normalization(name: str, source, channels: int):
         mean, std = NORMALIZATION[name]
     else:
         names = ", ".join([*NORMALIZATION, "cache"])
-        raise ValueError(f"data.normalization {name!r} is none of {names}")
+        raise UserError(f"data.normalization {name!r} is none of {names}")
     if len(mean) == 1:
         mean, std = mean * channels, std * channels
     if len(mean) != channels:
-        raise ValueError(
+        raise UserError(
             f"data.normalization={name!r} has {len(mean)} channels, "
             f"data.channels is {channels}"
         )
@@ -81,12 +82,12 @@ def make_source(config: ConfigDict):
     """The images of a run: those of data.root, or the phantom when none is named."""
     data = config.data
     if data.render not in ("host", "device"):
-        raise ValueError(f"data.render {data.render!r} is none of host, device")
+        raise UserError(f"data.render {data.render!r} is none of host, device")
     if data.root:
         list_file = data.list_file or None
         return open_source(data.root, list_file=list_file, channels=data.channels)
     if data.list_file:
-        raise ValueError(f"data.list_file={data.list_file!r} needs data.root")
+        raise UserError(f"data.list_file={data.list_file!r} needs data.root")
     return phantom_source(config)
 
 
@@ -98,7 +99,7 @@ def make_crops(config: ConfigDict) -> CropConfig:
     }
     c = config.crops
     if c.style not in styles:
-        raise ValueError(f"crops.style {c.style!r} is none of {', '.join(styles)}")
+        raise UserError(f"crops.style {c.style!r} is none of {', '.join(styles)}")
     style, flip = styles[c.style]
     return style(
         global_size=c.global_size,
@@ -115,7 +116,7 @@ def make_backbone(config: ConfigDict) -> ViT:
     m = config.model
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if m.dtype not in dtypes:
-        raise ValueError(f"model.dtype {m.dtype!r} is none of {', '.join(dtypes)}")
+        raise UserError(f"model.dtype {m.dtype!r} is none of {', '.join(dtypes)}")
     overrides = {k: v for k, v in m.items() if k not in ("variant", "dtype")}
     return build_vit(
         m.variant,
@@ -128,7 +129,7 @@ def make_backbone(config: ConfigDict) -> ViT:
 def load_start(config: ConfigDict) -> Backbone | None:
     """The weights of `init_from`, at the run's crop size and channel count, or None.
 
-    Raises ValueError, OSError or ImportError with one line, also for a model that is
+    Raises UserError, OSError or ImportError with one line, also for a model that is
     not a ViT (USFM has no positions to resize and no mask token to train).
     """
     if not config.init_from:
@@ -140,7 +141,7 @@ def load_start(config: ConfigDict) -> Backbone | None:
     )
     if not isinstance(start.model, ViT):
         name = type(start.model).__name__
-        raise ValueError(f"init_from: pretraining needs a ViT, this is a {name}")
+        raise UserError(f"init_from: pretraining needs a ViT, this is a {name}")
     return start
 
 
@@ -165,7 +166,7 @@ def make_modules(config: ConfigDict, start: Backbone | None = None) -> Modules:
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedule]:
     """Every scheduled hyper-parameter as a function of the step.
 
-    Raises ValueError when the warm-up does not fit the run.
+    Raises UserError when the warm-up does not fit the run.
     """
     o, total = config.optim, config.epochs * steps_per_epoch
     peak = o.base_lr * (config.batch_size / o.reference_batch) ** 0.5
@@ -213,27 +214,27 @@ def _sides(crops: CropConfig) -> tuple[int, ...]:
 
 
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:
-    """Build and check everything. Raises ValueError or OSError, one line each."""
+    """Build and check everything. Raises UserError or OSError, one line each."""
     source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)
     modules = make_modules(config, start)
     for side in _sides(crops):
         if side % modules.backbone.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"crop size {side} is not divisible by "
                 f"patch size {modules.backbone.patch_size}"
             )
     groups = resolve_groups(config.groups, config.batch_size, num_devices)
     if groups % (config.accum_steps * num_devices):
-        raise ValueError(
+        raise UserError(
             f"{groups} groups on {num_devices} devices cannot be cut into accum_steps "
             f"{config.accum_steps}: groups must be a multiple of their product"
         )
     mean, std = normalization(config.data.normalization, source, config.data.channels)
     steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
     if steps_per_epoch < 1:
-        raise ValueError(
+        raise UserError(
             f"{len(source)} images do not fill one batch of {config.batch_size}; "
             "set steps_per_epoch"
         )

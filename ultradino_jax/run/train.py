@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.checkpoint import Retention, RunCheckpoints
+from ultradino_jax.errors import UserError
 from ultradino_jax.health.checkups import Doctor
 from ultradino_jax.health.panels import crops_panel
 from ultradino_jax.pretraining.device_crops import rendered
@@ -43,7 +44,7 @@ def start_run(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack):
         mesh = make_mesh(config.mesh.fsdp)
         plan = make_plan(config, mesh.size)
         if config.nan.policy not in ("stop", "skip"):
-            raise ValueError(f"nan.policy {config.nan.policy!r} is none of stop, skip")
+            raise UserError(f"nan.policy {config.nan.policy!r} is none of stop, skip")
         if jax.process_index() == 0:
             stack.callback(Lock(workdir).close)
             record_config(config, workdir)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.backbone import Backbone, record_to_backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import VARIANTS, ViT
 from ultradino_jax.normalization import FUS, IMAGENET
@@ -40,7 +41,7 @@ _POSITIONS = {
 def detect_family(names: Iterable[str]) -> str:
     """'usfm', 'hf', 'timm', 'ibot' or 'dinov2', from tensor names.
 
-    Raises ValueError for architectures that look alike but are not supported, and for
+    Raises UserError for architectures that look alike but are not supported, and for
     names of no known kind.
     """
     names = set(names)
@@ -49,16 +50,16 @@ def detect_family(names: Iterable[str]) -> str:
         return any(re.search(pattern, name) for name in names)
 
     if has(r"rope|storage_tokens|^layer\.\d"):
-        raise ValueError("DINOv3 (rotary positions) is not supported")
+        raise UserError("DINOv3 (rotary positions) is not supported")
     if has(r"mlp\.(w12|w3|weights_in|weights_out)\."):
-        raise ValueError("a SwiGLU feed-forward (ViT-g) is not supported")
+        raise UserError("a SwiGLU feed-forward (ViT-g) is not supported")
     if has(r"relative_position_bias_table|attn\.q_bias"):
         return "usfm"
     if has(r"(^|\.)embeddings\."):
         return "hf"
     if not has(r"^blocks\.\d+\."):
         shown = ", ".join(sorted(names)[:5]) or "none"
-        raise ValueError(f"no ViT of a known family; its tensors are {shown}, ..")
+        raise UserError(f"no ViT of a known family; its tensors are {shown}, ..")
     if "masked_embed" in names or has(r"\.gamma_1$"):
         return "ibot"
     if "reg_token" in names:
@@ -78,7 +79,7 @@ def backbone_from_tensors(
     """A read file -> Backbone at its native size and channels.
 
     arch: a name in VARIANTS, whose depth the file must have. num_heads: A, for a width
-    that is no published ViT's, in a file without a config. Raises ValueError as
+    that is no published ViT's, in a file without a config. Raises UserError as
     `load.load_backbone_file` does.
     """
     record = file.record
@@ -102,7 +103,7 @@ def backbone_from_tensors(
         model = model.clone(**{flag: record["model"][flag] for flag in flags})
     for values in (mean, std):
         if len(values) != channels:
-            raise ValueError(f"{len(values)} mean/std values for {channels} channels")
+            raise UserError(f"{len(values)} mean/std values for {channels} channels")
     return Backbone(
         model=model,
         params=jax.tree.map(jnp.asarray, params),
@@ -119,7 +120,7 @@ def _own(file: WeightFile, source: str) -> Backbone:
     """This project's flat file: parameter paths as names, the record in its header."""
     kind = file.record["format"].removeprefix("ultradino_")
     if kind != "backbone":
-        raise ValueError(f"holds a {kind}; interop.save_tasks.load_task reads it")
+        raise UserError(f"holds a {kind}; interop.save_tasks.load_task reads it")
     params = jax.tree.map(jnp.asarray, nest(file.tensors))
     backbone = record_to_backbone(file.record, params, source)
     side = backbone.model.image_size
@@ -154,7 +155,7 @@ def _vit(file: WeightFile, family: str, arch, num_heads):
     elif file.config and family == "hf":
         config = file.config
         if config.get("use_swiglu_ffn"):
-            raise ValueError("a SwiGLU feed-forward (ViT-g) is not supported")
+            raise UserError("a SwiGLU feed-forward (ViT-g) is not supported")
         known = {
             "depth": config["num_hidden_layers"],
             "num_heads": config["num_attention_heads"],
@@ -175,7 +176,7 @@ def _vit(file: WeightFile, family: str, arch, num_heads):
     widths = {v[0]: v[2] for v in VARIANTS.values()}
     num_heads = num_heads or known.get("num_heads") or widths.get(d)
     if num_heads is None:
-        raise ValueError(f"cannot tell the number of heads of a ViT that is {d} wide")
+        raise UserError(f"cannot tell the number of heads of a ViT that is {d} wide")
     kind = _provenance(family, architecture.channels)
     offset, antialias = _POSITIONS[kind, registers > 0]
     model = ViT(

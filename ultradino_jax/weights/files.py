@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.weights.safetensors import read_safetensors
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -43,7 +44,7 @@ def read_weights(path: str | Path) -> WeightFile:
     """Read a .pth, .pt, .bin, .ckpt or .safetensors file, or a folder with one.
 
     Nothing in a file is ever executed. Raises FileNotFoundError when there is nothing,
-    ImportError naming the extra when a pickle needs torch, and ValueError with one line
+    ImportError naming the extra when a pickle needs torch, and UserError with one line
     when the file is a git-lfs pointer, cut short, not a checkpoint, or a pickle that
     wants to call something.
     """
@@ -55,7 +56,7 @@ def read_weights(path: str | Path) -> WeightFile:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(
+        raise UserError(
             f"{path} is a git-lfs pointer, not the weights: fetch them with "
             "'git lfs pull'"
         )
@@ -67,9 +68,9 @@ def read_weights(path: str | Path) -> WeightFile:
         if path.suffix in TORCH_SUFFIXES:
             return _split(*_unwrap(_torch_load(path)))
         known = ", ".join((*TORCH_SUFFIXES, ".safetensors"))
-        raise ValueError(f"unknown kind of file {path.suffix!r}; known: {known}")
+        raise UserError(f"unknown kind of file {path.suffix!r}; known: {known}")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _read_folder(folder: Path) -> WeightFile:
@@ -92,7 +93,7 @@ def _read_folder(folder: Path) -> WeightFile:
             is_there = (folder / name).is_file()
             read[name] = json.loads((folder / name).read_text()) if is_there else None
         except ValueError as error:
-            raise ValueError(f"{folder / name} is not JSON: {error}") from error
+            raise UserError(f"{folder / name} is not JSON: {error}") from error
     tensors = {k: x for part in parts for k, x in part.tensors.items()}
     return WeightFile(
         tensors=tensors,
@@ -130,12 +131,12 @@ def _torch_load(path: Path) -> Any:
             calls = []
         calls = [name for name in calls if name != "argparse.Namespace"]
         if calls or "GLOBAL" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"refused: the pickle would call {', '.join(calls) or 'code'}; only "
                 "tensors and plain values are read"
             ) from error
         reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(
+        raise UserError(
             f"damaged, cut short or not a torch checkpoint ({type(error).__name__}: "
             f"{reason})"
         ) from error
@@ -157,10 +158,10 @@ def _unwrap(content: Any) -> tuple[dict, dict | None]:
         )
         if inner is None:
             found = ", ".join(str(key) for key in list(content)[:8]) or "nothing"
-            raise ValueError(f"no tensors inside; its entries are {found}")
+            raise UserError(f"no tensors inside; its entries are {found}")
         content = content[inner]
     else:
-        raise ValueError(f"holds a {type(content).__name__}, not named tensors")
+        raise UserError(f"holds a {type(content).__name__}, not named tensors")
     flat = {}
     for name, value in content.items():
         if not _is_tensor(value):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 
 from ultradino_jax.backbone import Backbone, load_backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
 from ultradino_jax.models.usfm import USFM, resize_table
 from ultradino_jax.models.vit import VARIANTS
@@ -36,13 +37,13 @@ def load_backbone_file(
     for the native one; see `with_image_size`. channels: C wanted, None for the file's;
     see `with_channels`.
 
-    Raises FileNotFoundError, ImportError (torch is missing for a pickle) or ValueError
+    Raises FileNotFoundError, ImportError (torch is missing for a pickle) or UserError
     with one line that names the file and what is wrong: the missing and the unexpected
     tensors of a partial fit, wrong shapes, another architecture, a damaged file.
     """
     path = Path(path)
     if arch is not None and arch not in VARIANTS:
-        raise ValueError(
+        raise UserError(
             f"unknown ViT variant {arch!r}; choose one of {', '.join(VARIANTS)}"
         )
     if any((folder / "params").is_dir() for folder in (path, path / "backbone")):
@@ -52,11 +53,11 @@ def load_backbone_file(
         try:
             backbone = backbone_from_tensors(file, arch=arch, source=str(path))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
     found = (backbone.model.embed_dim, backbone.model.depth)
     if arch is not None and found != VARIANTS[arch][:2]:
         width, depth = VARIANTS[arch][:2]
-        raise ValueError(
+        raise UserError(
             f"{path}: not a {arch!r} model: it is {found[0]} wide with {found[1]} "
             f"blocks, {arch!r} is {width} wide with {depth}"
         )
@@ -69,7 +70,7 @@ def with_channels(backbone: Backbone, channels: int) -> Backbone:
 
     3 -> 1 sums the patch kernel over the colours: the result equals that of three equal
     channels. 1 -> 3 repeats it divided by three, which changes nothing for grey input.
-    mean and std are averaged or repeated. Raises ValueError for another conversion.
+    mean and std are averaged or repeated. Raises UserError for another conversion.
     """
     have = backbone.channels
     if have == channels:
@@ -85,7 +86,7 @@ def with_channels(backbone: Backbone, channels: int) -> Backbone:
         kernel = repeat(kernel, "p q 1 d -> p q c d", c=3) / 3
         mean, std = (values * 3 for values in statistics)
     else:
-        raise ValueError(
+        raise UserError(
             f"{backbone.name}: cannot turn {have} input channels into {channels}; "
             "3 to 1 and 1 to 3 are possible"
         )
@@ -102,13 +103,13 @@ def with_image_size(backbone: Backbone, image_size: int) -> Backbone:
 
     At that size the result equals what the model's own interpolation gives: bicubic,
     with the flags of the library the weights come from (DINOv2 without registers:
-    offset 0.1; with registers: antialiased; USFM: its bias tables). Raises ValueError
+    offset 0.1; with registers: antialiased; USFM: its bias tables). Raises UserError
     when the size is not a multiple of the patch size.
     """
     model, params = backbone.model, backbone.params
     p = model.patch_size
     if image_size <= 0 or image_size % p:
-        raise ValueError(
+        raise UserError(
             f"{backbone.name}: image size {image_size} is not a multiple of the patch "
             f"size {p}"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from einops import rearrange
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.tree import flat_names
 
 StateDict = Mapping[str, np.ndarray]
@@ -58,7 +59,7 @@ class Architecture:
     ) -> "Architecture":
         """Read it from {reference name: shape}.
 
-        depth: blocks it has at least, whatever the names say. Raises ValueError naming
+        depth: blocks it has at least, whatever the names say. Raises UserError naming
         the tensors that are needed for that and missing.
         """
         anchors = (
@@ -68,15 +69,15 @@ class Architecture:
             "blocks.0.mlp.fc1.weight",
         )
         if absent := [name for name in anchors if name not in shapes]:
-            raise ValueError(f"missing: {', '.join(absent)}; unexpected: unknown")
+            raise UserError(f"missing: {', '.join(absent)}; unexpected: unknown")
         kernel, positions = shapes["patch_embed.proj.weight"], shapes["pos_embed"]
         grid = round((positions[1] - 1) ** 0.5) if len(positions) == 3 else -1
         if grid**2 + 1 != positions[1]:
-            raise ValueError(
+            raise UserError(
                 f"pos_embed {list(positions)} is not a class token and a square grid"
             )
         if len(kernel) != 4 or kernel[2] != kernel[3]:
-            raise ValueError(f"patch kernel {list(kernel)} is not [D,C,P,P]")
+            raise UserError(f"patch kernel {list(kernel)} is not [D,C,P,P]")
         registers = shapes.get("register_tokens", (1, 0, 0))
         return cls(
             embed_dim=shapes["cls_token"][-1],
@@ -129,7 +130,7 @@ def block_count(names) -> int:
 def check_placement(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a state dict whose names or shapes are not exactly the expected ones.
 
-    Raises ValueError with the list of missing and the list of unexpected tensors, and
+    Raises UserError with the list of missing and the list of unexpected tensors, and
     the wrong shapes: loading a part and training on is the worst outcome.
     """
 
@@ -138,7 +139,7 @@ def check_placement(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -
 
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"{len(expected) - len(missing)} of {len(expected)} tensors found; "
             f"missing: {listed(missing)}; unexpected: {listed(unexpected)}"
         )
@@ -148,7 +149,7 @@ def check_placement(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -
         if np.shape(state[name]) != shape
     ]
     if wrong:
-        raise ValueError(f"wrong shapes: {'; '.join(wrong)}")
+        raise UserError(f"wrong shapes: {'; '.join(wrong)}")
 
 
 def nest(flat: Mapping[str, np.ndarray]) -> dict:
@@ -166,7 +167,7 @@ def nest(flat: Mapping[str, np.ndarray]) -> dict:
 def vit_params(state: StateDict) -> dict:
     """Backbone state dict -> ViT parameters, every tensor placed.
 
-    Raises ValueError listing missing and unexpected tensors or wrong shapes.
+    Raises UserError listing missing and unexpected tensors or wrong shapes.
     """
     shapes = {name: np.shape(x) for name, x in state.items()}
     architecture = Architecture.of(shapes)
@@ -226,7 +227,7 @@ def dino_head_params(state: StateDict) -> dict:
             case ["last_layer", "weight_v"]:
                 flat["last_layer/v"] = value.T
             case _:
-                raise ValueError(f"no place in a DINO head for {name}")
+                raise UserError(f"no place in a DINO head for {name}")
     return nest(flat)
 
 

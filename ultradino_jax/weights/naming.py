@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.weights.meta import StateDict
 
 # Renamings transformers -> reference, in the names of its saved files (those of version
@@ -138,13 +139,13 @@ def to_timm(state: StateDict, *, class_position: bool) -> dict[str, np.ndarray]:
 def positions_include_class(shape: tuple[int, ...]) -> bool:
     """Whether pos_embed [1,M,D] holds 1 + a square number of entries.
 
-    Raises ValueError when M is neither that nor a square.
+    Raises UserError when M is neither that nor a square.
     """
     for has_class in (True, False):
         count = shape[1] - has_class
         if round(count**0.5) ** 2 == count:
             return has_class
-    raise ValueError(f"pos_embed {list(shape)} is no square grid of patches")
+    raise UserError(f"pos_embed {list(shape)} is no square grid of patches")
 
 
 def from_ibot(state: StateDict) -> dict[str, np.ndarray]:

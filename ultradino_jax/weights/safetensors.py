@@ -13,6 +13,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ultradino_jax.errors import UserError
+
 _DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -34,38 +36,38 @@ def read_safetensors(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors by name, metadata) of a file.
 
-    Raises ValueError saying what is wrong when the file is cut short, not of this
+    Raises UserError saying what is wrong when the file is cut short, not of this
     format, or holds a dtype without a NumPy equivalent.
     """
     data = np.memmap(path, np.uint8, mode="r") if Path(path).stat().st_size else b""
     if len(data) < 8:
-        raise ValueError(f"only {len(data)} bytes: not a safetensors file")
+        raise UserError(f"only {len(data)} bytes: not a safetensors file")
     (length,) = struct.unpack("<Q", bytes(data[:8]))
     if length > _MAX_HEADER or bytes(data[8:9]) != b"{":
-        raise ValueError("not a safetensors file (no JSON header)")
+        raise UserError("not a safetensors file (no JSON header)")
     if 8 + length > len(data):
-        raise ValueError(f"cut short: the header needs {length} bytes")
+        raise UserError(f"cut short: the header needs {length} bytes")
     body = data[8 + length :]
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
         metadata = header.pop("__metadata__", {})
         end = max((e["data_offsets"][1] for e in header.values()), default=0)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"damaged safetensors header ({error!r})") from error
+        raise UserError(f"damaged safetensors header ({error!r})") from error
     if end > len(body):
-        raise ValueError(f"cut short: {len(body)} of {end} bytes of tensor data")
+        raise UserError(f"cut short: {len(body)} of {end} bytes of tensor data")
     return {name: _tensor(name, e, body) for name, e in header.items()}, metadata
 
 
 def _tensor(name: str, entry: dict, body: np.ndarray) -> np.ndarray:
     dtype, shape = _DTYPES.get(entry.get("dtype")), tuple(entry.get("shape", ()))
     if dtype is None:
-        raise ValueError(f"{name}: dtype {entry.get('dtype')} is not supported")
+        raise UserError(f"{name}: dtype {entry.get('dtype')} is not supported")
     start, stop = entry["data_offsets"]
     if not 0 <= start <= stop or stop - start != dtype.itemsize * np.prod(
         shape, dtype=np.int64
     ):
-        raise ValueError(f"{name}: {stop - start} bytes do not hold {list(shape)}")
+        raise UserError(f"{name}: {stop - start} bytes do not hold {list(shape)}")
     return np.frombuffer(bytes(body[start:stop]), dtype).reshape(shape)
 
 

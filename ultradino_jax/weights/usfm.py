@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from einops import rearrange
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.weights.meta import (
     BLOCK_NAMES,
     StateDict,
@@ -27,7 +28,7 @@ _OWN = "attn.relative_position_bias_table"
 def _expected(state: StateDict) -> dict[str, tuple[int, ...]]:
     anchors = ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if absent := [name for name in anchors if name not in state]:
-        raise ValueError(f"missing: {', '.join(absent)}; unexpected: unknown")
+        raise UserError(f"missing: {', '.join(absent)}; unexpected: unknown")
     d, f = state["cls_token"].shape[-1], state["blocks.0.mlp.fc1.weight"].shape[0]
     table = state.get(_SHARED, state.get(f"blocks.0.{_OWN}"))
     matrices = {
@@ -66,7 +67,7 @@ def usfm_params(state: StateDict) -> tuple[dict, dict[str, int], list[str]]:
     """USFM state dict -> (parameters, what `USFM(..)` takes, names left out).
 
     Both layouts are read: one shared bias table, and one per block. The number of heads
-    is the table's width. Raises ValueError listing missing and unexpected tensors or
+    is the table's width. Raises UserError listing missing and unexpected tensors or
     wrong shapes, or when the table is not that of a square window.
     """
     ignored = sorted(name for name in state if IGNORED.fullmatch(name))
@@ -98,7 +99,7 @@ def usfm_params(state: StateDict) -> tuple[dict, dict[str, int], list[str]]:
     entries, num_heads = state[f"blocks.0.{_OWN}"].shape
     window = (round(max(entries - 3, 0) ** 0.5) + 1) // 2
     if (2 * window - 1) ** 2 + 3 != entries:
-        raise ValueError(f"bias table of {entries} rows is not that of a square window")
+        raise UserError(f"bias table of {entries} rows is not that of a square window")
     d, channels, patch_size, _ = kernel.shape
     sizes = {
         "embed_dim": d,

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.errors import UserError
+
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 
 
@@ -27,7 +29,7 @@ def open_files(path: str | os.PathLike) -> Files:
     """The files below a folder or inside an archive.
 
     A tar has no index, so its content is held in memory: for small sets only.
-    Raises FileNotFoundError or ValueError naming the path.
+    Raises FileNotFoundError or UserError naming the path.
     """
     path = Path(path)
     if path.is_dir():
@@ -47,7 +49,7 @@ def open_files(path: str | os.PathLike) -> Files:
                 if member.isfile()
             }
         return Files(visible(content), content.__getitem__)
-    raise ValueError(f"{str(path)!r} is neither a folder nor a zip or tar archive")
+    raise UserError(f"{str(path)!r} is neither a folder nor a zip or tar archive")
 
 
 def visible(names: Iterable[str]) -> tuple[str, ...]:
@@ -85,7 +87,7 @@ def find_table(path: str | os.PathLike, table: str) -> tuple[Files, str]:
 def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str, str]]:
     """Rows of a csv with ',' or ';', blanks around headers and values removed.
 
-    Raises ValueError naming the columns that are missing and those that are there.
+    Raises UserError naming the columns that are missing and those that are there.
     """
     text = data.decode("utf-8-sig")
     header = text.split("\n", 1)[0]
@@ -94,7 +96,7 @@ def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str
     names = [name.strip() for name in next(lines, [])]
     missing = [name for name in columns if name not in names]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{where}: no column {', '.join(map(repr, missing))}; there are "
             f"{', '.join(map(repr, names))}"
         )
@@ -103,13 +105,13 @@ def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str
         if not any(value.strip() for value in line):
             continue
         if len(line) != len(names):
-            raise ValueError(
+            raise UserError(
                 f"{where}, line {lines.line_num}: {len(line)} values for "
                 f"{len(names)} columns"
             )
         rows.append({k: v.strip() for k, v in zip(names, line, strict=True)})
     if not rows:
-        raise ValueError(f"{where}: there is no row below the header")
+        raise UserError(f"{where}: there is no row below the header")
     return rows
 
 
@@ -118,7 +120,7 @@ def match_images(
 ) -> dict[str, str]:
     """{image name without suffix: file name} for PNGs anywhere below `folder`.
 
-    Raises ValueError naming images that are missing or whose name occurs twice.
+    Raises UserError naming images that are missing or whose name occurs twice.
     """
     prefix = f"{folder}/" if folder not in ("", ".") else ""
     found: dict[str, str] = {}
@@ -132,13 +134,13 @@ def match_images(
     wanted = list(wanted)
     missing = [stem for stem in wanted if stem not in found]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{where}: {len(missing)} of {len(wanted)} images have no PNG file, first "
             f"{missing[0]!r}"
         )
     ambiguous = [stem for stem in wanted if stem in twice]
     if ambiguous:
-        raise ValueError(f"{where}: two files are called {ambiguous[0]!r}")
+        raise UserError(f"{where}: two files are called {ambiguous[0]!r}")
     return {stem: found[stem] for stem in wanted}
 
 

@@ -26,6 +26,7 @@ from ultradino_jax.data.datasets.records import (
 )
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.data.formats.restricted_pickle import load_npy_pickle
+from ultradino_jax.errors import UserError
 
 URL = (
     "https://data.mendeley.com/public-files/datasets/4gcpm9dsc3/files/"
@@ -68,7 +69,7 @@ class Fass(tfds.core.GeneratorBasedBuilder):
         check_partners(images, masks, folder)
         for stem in images:
             if not re.fullmatch(r"P\d+_IMG\d+", stem):
-                raise ValueError(f"{folder}: {stem!r} is not named P.._IMG..")
+                raise UserError(f"{folder}: {stem!r} is not named P.._IMG..")
         return {"train": self._generate_examples(files, images, masks)}
 
     def _generate_examples(self, files, images, masks):
@@ -92,15 +93,15 @@ class Fass(tfds.core.GeneratorBasedBuilder):
 def read_structures(data: bytes, shape: tuple[int, int], where: str):
     """Pickled array file -> index mask uint8 [H,W], without running what is in it.
 
-    Raises ValueError naming the file for a pickle that wants more than arrays, another
+    Raises UserError naming the file for a pickle that wants more than arrays, another
     content, or masks of another size than the image.
     """
     try:
         content = load_npy_pickle(data)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("structures"), dict):
-        raise ValueError(f"{where}: no dict of structures in it")
+        raise UserError(f"{where}: no dict of structures in it")
     return paint(content["structures"], PAINTED, shape, where)
 
 

@@ -26,6 +26,7 @@ from ultradino_jax.data.datasets.records import (
     planes_info,
     planes_table,
 )
+from ultradino_jax.errors import UserError
 
 URL = "https://zenodo.org/records/3904280/files/FETAL_PLANES_ZENODO.zip"
 TABLE = "FETAL_PLANES_DB_data.csv"
@@ -123,10 +124,10 @@ def apply_split_files(
     """Images and splits as three csv files (train, val, test) say.
 
     Images that none of them lists are left out.
-    Raises ValueError for an image that is unknown or listed twice.
+    Raises UserError for an image that is unknown or listed twice.
     """
     if len(split_files) != 3:
-        raise ValueError(f"split files: three are needed, got {len(split_files)}")
+        raise UserError(f"split files: three are needed, got {len(split_files)}")
     known = {name: i for i, name in enumerate(data.ids)}
     chosen: dict[int, str] = {}
     for split, path in zip(SPLITS, split_files, strict=True):
@@ -135,9 +136,9 @@ def apply_split_files(
         for row in read_table(Path(path).read_bytes(), ["Image_name"], str(path)):
             name = row["Image_name"].removesuffix(".png")
             if name not in known:
-                raise ValueError(f"{path}: image {name!r} is not in {data.name}")
+                raise UserError(f"{path}: image {name!r} is not in {data.name}")
             if known[name] in chosen:
-                raise ValueError(f"{path}: image {name!r} is listed twice")
+                raise UserError(f"{path}: image {name!r} is listed twice")
             chosen[known[name]] = split
     rows = np.array(sorted(chosen))
     part = data.take(rows)

@@ -30,6 +30,7 @@ from ultradino_jax.data.datasets.records import (
     masked_info,
 )
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.errors import UserError
 
 URL = "https://figshare.com/ndownloader/articles/14371652/versions/2"
 CLASSES = ("background", "pubic symphysis", "fetal head")
@@ -159,7 +160,7 @@ def load_jnu_ifm(
     which is stricter. manual_dir, download: as for FASS.
     """
     if group_by not in ("examination", "day"):
-        raise ValueError(f"group_by={group_by!r}: choose 'examination' or 'day'")
+        raise UserError(f"group_by={group_by!r}: choose 'examination' or 'day'")
     data = load_segmented_records(
         JnuIfm, data_dir, manual_dir=manual_dir, download=download, classes=CLASSES
     )

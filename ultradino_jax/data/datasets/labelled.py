@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ultradino_jax.errors import UserError
+
 SPLITS = ("train", "val", "test")
 # Scanner presets in the upper right corner of FETAL_PLANES_DB can name the class.
 CORNER_X, CORNER_Y = 0.84, 0.21
@@ -77,19 +79,19 @@ def labelled_images(
 
     Rows are sorted by id, so the order does not depend on how they are stored; row i
     of `rows` is read by `read(i)`.
-    Raises ValueError when a class is unknown or an id is there twice.
+    Raises UserError when a class is unknown or an id is there twice.
     """
     known = {label: i for i, label in enumerate(classes)}
     for row in rows:
         if row["label"] not in known:
-            raise ValueError(
+            raise UserError(
                 f"{name}: image {row['id']!r} has the unknown class {row['label']!r}; "
                 f"known are {', '.join(map(repr, classes))}"
             )
     order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
     for a, b in itertools.pairwise(order):
         if rows[a]["id"] == rows[b]["id"]:
-            raise ValueError(f"{name}: image {rows[a]['id']!r} is listed twice")
+            raise UserError(f"{name}: image {rows[a]['id']!r} is listed twice")
     special = ("id", "label", "patient", "split")
     others = [key for key in rows[0] if key not in special] if rows else []
 
@@ -153,14 +155,14 @@ def complete_splits(
 
 
 def check_splits(data: LabelledImages) -> None:
-    """Raises ValueError unless the splits can be trained and scored on.
+    """Raises UserError unless the splits can be trained and scored on.
 
     Every image is in train, val or test, none of which is empty or lacks a class, and
     no patient is in two of them.
     """
     unknown = sorted(set(data.splits.tolist()) - set(SPLITS))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{data.name}: unknown split {unknown[0]!r}, expected train, val or test"
         )
     for name in SPLITS:
@@ -168,10 +170,10 @@ def check_splits(data: LabelledImages) -> None:
             data.labels[data.splits == name], minlength=len(data.classes)
         )
         if counts.sum() == 0:
-            raise ValueError(f"{data.name}: the {name} split is empty")
+            raise UserError(f"{data.name}: the {name} split is empty")
         if (counts == 0).any():
             missing = data.classes[int(np.argmin(counts))]
-            raise ValueError(
+            raise UserError(
                 f"{data.name}: the {name} split of {counts.sum()} images has none of "
                 f"class {missing!r}"
             )
@@ -179,7 +181,7 @@ def check_splits(data: LabelledImages) -> None:
 
 
 def check_patients(data: LabelledImages) -> None:
-    """Raises ValueError naming a patient who is in more than one split."""
+    """Raises UserError naming a patient who is in more than one split."""
     seen: dict[str, str] = {}
     overlap = set()
     for patient, split in zip(data.patients, data.splits, strict=True):
@@ -190,7 +192,7 @@ def check_patients(data: LabelledImages) -> None:
         where = " and ".join(
             name for name in SPLITS if name in data.splits[data.patients == first]
         )
-        raise ValueError(
+        raise UserError(
             f"{data.name}: {len(overlap)} patients are in more than one split, first "
             f"{first!r} in {where}"
         )
@@ -202,7 +204,7 @@ def few_per_class(
     """Sorted rows of `count` random images per class, or of all images of a class that
     `count` random patients have.
 
-    Raises ValueError naming the class that has fewer.
+    Raises UserError naming the class that has fewer.
     """
     rng = np.random.default_rng([seed, count])
     unit, units = ("patients", data.patients) if by_patient else ("images", data.ids)
@@ -211,7 +213,7 @@ def few_per_class(
         inside = np.flatnonzero(data.labels == label)
         choices = np.unique(units[inside])
         if len(choices) < count:
-            raise ValueError(
+            raise UserError(
                 f"{data.name}: class {class_name!r} has {len(choices)} {unit}, "
                 f"{count} were asked for"
             )

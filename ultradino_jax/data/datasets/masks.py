@@ -27,6 +27,7 @@ from ultradino_jax.data.datasets.segmented import (
     segmented_images,
     values_in,
 )
+from ultradino_jax.errors import UserError
 
 MASK_FOLDERS = ("annotations", "masks", "mask", "labels")
 
@@ -79,14 +80,14 @@ def stems_in(files: Files, folder: str, suffixes: Sequence[str]) -> dict[str, st
 
 
 def check_partners(images: Mapping, masks: Mapping, where: str) -> None:
-    """Raises ValueError naming the first image without mask or mask without image."""
+    """Raises UserError naming the first image without mask or mask without image."""
     for have, lack, text in (
         (images, masks, "image {!r} has no mask"),
         (masks, images, "mask {!r} has no image"),
     ):
         alone = sorted(set(have) - set(lack))
         if alone:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {text.format(alone[0])} ({len(alone)} of {len(have)})"
             )
 
@@ -94,7 +95,7 @@ def check_partners(images: Mapping, masks: Mapping, where: str) -> None:
 def decode_index(data: bytes, where: str = "mask") -> np.ndarray:
     """Index mask file -> uint8 [H,W]: grey values or palette indices as stored.
 
-    A colour file is taken when its channels are equal. Raises ValueError naming it.
+    A colour file is taken when its channels are equal. Raises UserError naming it.
     """
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.asarray(image)
@@ -103,10 +104,10 @@ def decode_index(data: bytes, where: str = "mask") -> np.ndarray:
     if pixels.ndim == 3:
         first = pixels[:, :, :1]
         if (pixels[:, :, : min(3, pixels.shape[2])] != first).any():
-            raise ValueError(f"{where}: a colour picture is no index mask")
+            raise UserError(f"{where}: a colour picture is no index mask")
         pixels = pixels[:, :, 0]
     if pixels.max(initial=0) > 255:
-        raise ValueError(f"{where}: the value {pixels.max()} is above 255")
+        raise UserError(f"{where}: the value {pixels.max()} is above 255")
     return pixels.astype(np.uint8)
 
 
@@ -118,12 +119,12 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def remap(mask: np.ndarray, values: Mapping[int, int], where: str) -> np.ndarray:
-    """Stored values -> class indices. Raises ValueError for a value without one."""
+    """Stored values -> class indices. Raises UserError for a value without one."""
     table = np.full(256, 255, np.uint8)
     table[list(values)] = list(values.values())
     unknown = np.setdiff1d(values_in(mask), list(values))
     if len(unknown):
-        raise ValueError(
+        raise UserError(
             f"{where}: unknown mask value {unknown[0]}; known are "
             f"{', '.join(map(str, values))}"
         )
@@ -139,23 +140,23 @@ def paint(
     """Binary masks -> one index mask; where they overlap, the later of `painted` wins.
 
     painted: {structure: class index} in painting order; one that is not there has no
-    pixel. Raises ValueError for an unknown structure, another size or value.
+    pixel. Raises UserError for an unknown structure, another size or value.
     """
     unknown = sorted(set(structures) - set(painted))
     if unknown:
-        raise ValueError(f"{where}: unknown structure {unknown[0]!r}")
+        raise UserError(f"{where}: unknown structure {unknown[0]!r}")
     mask = np.zeros(shape, np.uint8)
     for name, index in painted.items():
         if name not in structures:
             continue
         binary = np.asarray(structures[name])
         if binary.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{where}: structure {name!r} is {list(binary.shape)}, the image "
                 f"{list(shape)}"
             )
         if not np.isin(binary, (0, 1)).all():
-            raise ValueError(f"{where}: structure {name!r} has values beyond 0 and 1")
+            raise UserError(f"{where}: structure {name!r} has values beyond 0 and 1")
         mask[binary == 1] = index
     return mask
 
@@ -163,15 +164,15 @@ def paint(
 def read_mha(data: bytes, where: str) -> np.ndarray:
     """MetaImage of bytes -> uint8 array, axes in the order of the last DimSize first.
 
-    Only what the sets use: LOCAL data of MET_UCHAR, raw or zlib. Raises ValueError.
+    Only what the sets use: LOCAL data of MET_UCHAR, raw or zlib. Raises UserError.
     """
     end = re.search(rb"ElementDataFile *= *LOCAL\r?\n", data)
     if end is None:
-        raise ValueError(f"{where}: no header of a MetaImage with LOCAL data")
+        raise UserError(f"{where}: no header of a MetaImage with LOCAL data")
     lines = data[: end.start()].decode("ascii", "replace").splitlines()
     header = dict(re.split(r" *= *", line, maxsplit=1) for line in lines if "=" in line)
     if header.get("ElementType") != "MET_UCHAR":
-        raise ValueError(f"{where}: ElementType {header.get('ElementType')!r}")
+        raise UserError(f"{where}: ElementType {header.get('ElementType')!r}")
     body = data[end.end() :]
     try:
         shape = [int(n) for n in header["DimSize"].split()][::-1]
@@ -179,7 +180,7 @@ def read_mha(data: bytes, where: str) -> np.ndarray:
             body = zlib.decompress(body)
         return np.frombuffer(body, np.uint8).reshape(shape)
     except (KeyError, ValueError, zlib.error) as error:
-        raise ValueError(f"{where}: damaged MetaImage ({error})") from None
+        raise UserError(f"{where}: damaged MetaImage ({error})") from None
 
 
 def load_mask_folders(
@@ -191,13 +192,13 @@ def load_mask_folders(
     ROOT/train[/..], ROOT/val and ROOT/test. A mask may be called NAME_mask. With
     ROOT/patients.csv (columns id, patient) images are grouped; otherwise each is its
     own patient. classes: names in index order, background first.
-    Raises FileNotFoundError or ValueError naming what is missing.
+    Raises FileNotFoundError or UserError naming what is missing.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"folder {str(root)!r} does not exist")
     if len(classes) < 2:
-        raise ValueError(f"{str(root)!r}: name the classes, background first")
+        raise UserError(f"{str(root)!r}: name the classes, background first")
     folders = sorted(p for p in root.rglob("images") if p.is_dir())
     if not folders:
         raise FileNotFoundError(f"no folder 'images' in {str(root)!r} or below")
@@ -218,7 +219,7 @@ def load_mask_folders(
         patients = {row["id"]: row["patient"] for row in content}
         for row in rows:
             if row["id"] not in patients:
-                raise ValueError(f"{table}: no patient of image {row['id']!r}")
+                raise UserError(f"{table}: no patient of image {row['id']!r}")
             row["patient"] = patients[row["id"]]
     names = "\n".join(f"{r['split']}/{r['id']}/{r['patient']}" for r in rows)
     return segmented_images(

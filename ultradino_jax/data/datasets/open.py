@@ -5,12 +5,13 @@ from ml_collections import ConfigDict
 from ultradino_jax.data.datasets.labelled import (
     LabelledImages,
 )
+from ultradino_jax.errors import UserError
 
 
 def load_dataset(section: ConfigDict) -> LabelledImages:
     """The data set that a config section names.
 
-    Raises ValueError for an unknown name, and what its reader raises.
+    Raises UserError for an unknown name, and what its reader raises.
     """
     name = section.name
     builders = dict(
@@ -36,7 +37,7 @@ def load_dataset(section: ConfigDict) -> LabelledImages:
         read = load_csv if name == "csv" else load_class_folders
         data = read(section.path, **splits, **tables)
     else:
-        raise ValueError(
+        raise UserError(
             f"data set {name!r} is unknown; choose fetal_planes, african_planes, csv "
             "or folder"
         )

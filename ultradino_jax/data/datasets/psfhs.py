@@ -26,6 +26,7 @@ from ultradino_jax.data.datasets.records import (
     masked_info,
 )
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.errors import UserError
 
 URL = "https://zenodo.org/records/10969427/files/PSFHS.zip"
 VALUES = {0: 0, 1: 1, 2: 2}
@@ -60,7 +61,7 @@ class Psfhs(tfds.core.GeneratorBasedBuilder):
             image = read_mha(files.read(name), name)
             if image.ndim == 3:
                 if (image != image[:1]).any():
-                    raise ValueError(f"{name}: three channels that are not equal")
+                    raise UserError(f"{name}: three channels that are not equal")
                 image = image[0]
             stored = read_mha(files.read(masks[stem]), masks[stem])
             yield (

@@ -16,6 +16,7 @@ from ultradino_jax.data.datasets.archive import (
 )
 from ultradino_jax.data.datasets.labelled import LabelledImages, labelled_images
 from ultradino_jax.data.datasets.segmented import SegmentedImages, segmented_images
+from ultradino_jax.errors import UserError
 
 
 def planes_features(classes: Sequence[str], groups: Sequence[str]):
@@ -74,19 +75,19 @@ def planes_table(
     """(files, rows) of a csv of planes with columns Plane, Train and `columns`.
 
     name: the column of image names; each row gets 'id', that without '.png', and
-    'file', the PNG below the table's folder. Raises ValueError for an unknown class, a
+    'file', the PNG below the table's folder. Raises UserError for an unknown class, a
     Train that is not 0 or 1, and an image that is missing or there twice.
     """
     files, table = find_table(source, table)
     rows = read_table(files.read(table), [name, "Plane", "Train", *columns], table)
     for row in rows:
         if row["Plane"] not in classes:
-            raise ValueError(
+            raise UserError(
                 f"{table}: image {row[name]!r} has the unknown class "
                 f"{row['Plane']!r}; known are {', '.join(map(repr, classes))}"
             )
         if row["Train"] not in ("0", "1"):
-            raise ValueError(
+            raise UserError(
                 f"{table}: Train of image {row[name]!r} is {row['Train']!r}, not 0 or 1"
             )
         row["id"] = row[name].removesuffix(".png")
@@ -130,7 +131,7 @@ def open_records(
     `download` is off.
     """
     if not os.fspath(data_dir):
-        raise ValueError(f"{builder_class.name}: data_dir is empty; name a folder")
+        raise UserError(f"{builder_class.name}: data_dir is empty; name a folder")
     builder = builder_class(
         data_dir=os.fspath(data_dir), file_format=tfds.core.FileFormat.ARRAY_RECORD
     )

@@ -17,6 +17,7 @@ from ultradino_jax.data.datasets.labelled import (
     complete_splits,
     held_out_patients,
 )
+from ultradino_jax.errors import UserError
 
 UNUSED = "unused"
 
@@ -49,17 +50,17 @@ class SegmentedImages:
     def mask(self, index: int) -> np.ndarray:
         """Class indices uint8 [H,W] of an image, of the image's size.
 
-        Raises ValueError naming the image when sizes differ or a value is no class.
+        Raises UserError naming the image when sizes differ or a value is no class.
         """
         mask, image = self.read_mask(int(self.stored[index])), self[index]
         name = f"{self.name}: mask of {str(self.ids[index])!r}"
         if mask.shape != image.shape:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {list(mask.shape)}, the image {list(image.shape)}"
             )
         unknown = np.setdiff1d(values_in(mask), [*range(len(self.classes)), 255])
         if len(unknown):
-            raise ValueError(
+            raise UserError(
                 f"{name} holds the value {unknown[0]}; known are 0 to "
                 f"{len(self.classes) - 1} and 255 (ignored)"
             )
@@ -96,14 +97,14 @@ def segmented_images(
 ) -> SegmentedImages:
     """Columns from rows {id, patient, split}, sorted by id; row i is read by index i.
 
-    Raises ValueError when there is no row or an id is there twice.
+    Raises UserError when there is no row or an id is there twice.
     """
     if not rows:
-        raise ValueError(f"{name}: there is no image with a mask")
+        raise UserError(f"{name}: there is no image with a mask")
     order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
     for a, b in itertools.pairwise(order):
         if rows[a]["id"] == rows[b]["id"]:
-            raise ValueError(f"{name}: image {rows[a]['id']!r} is there twice")
+            raise UserError(f"{name}: image {rows[a]['id']!r} is there twice")
 
     def column(key):
         return np.array([str(rows[i][key]) for i in order], dtype=np.str_)
@@ -141,16 +142,16 @@ def training_subset(
     shares of one seed are nested. 'n20': 20 images out of train and val, 'p4': at most
     `max_images` of each of 4 patients out of them; validation is then all the rest,
     without the other images of those patients, so that no patient is on two sides.
-    Raises ValueError for another word, or when there is not enough.
+    Raises UserError for another word, or when there is not enough.
     """
     parsed = re.fullmatch(r"full|n(\d+)|p(\d+)|(\d+)pct", subset)
     if parsed is None:
-        raise ValueError(f"subset {subset!r}: expected full, n20, p4 or 10pct")
+        raise UserError(f"subset {subset!r}: expected full, n20, p4 or 10pct")
     images, patients, percent = (int(g) if g else 0 for g in parsed.groups())
     if subset == "full":
         return data
     if not (images or patients or 0 < percent <= 100):
-        raise ValueError(f"subset {subset!r} draws nothing to train on")
+        raise UserError(f"subset {subset!r} draws nothing to train on")
     splits = data.splits.astype("<U8")
     if percent:
         inside = splits == "train"
@@ -171,7 +172,7 @@ def training_subset(
             chosen += hash_order(own, seed, f"{data.name}/{patient}")[:max_images]
     if len(available) < (images or patients):
         unit = "images" if images else "patients"
-        raise ValueError(
+        raise UserError(
             f"{data.name}: {len(available)} {unit} outside the test set, {subset} "
             f"needs {images or patients}"
         )
@@ -186,7 +187,7 @@ def training_subset(
 def apply_split_file(data: SegmentedImages, path: str | os.PathLike) -> SegmentedImages:
     """Splits as a csv with the columns id and split says; others are left out.
 
-    Raises ValueError for an id that is unknown or listed twice, or another split.
+    Raises UserError for an id that is unknown or listed twice, or another split.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"split file {str(path)!r} does not exist")
@@ -194,14 +195,14 @@ def apply_split_file(data: SegmentedImages, path: str | os.PathLike) -> Segmente
     chosen: dict[int, str] = {}
     for row in read_table(Path(path).read_bytes(), ["id", "split"], str(path)):
         if row["id"] not in known:
-            raise ValueError(f"{path}: image {row['id']!r} is not in {data.name}")
+            raise UserError(f"{path}: image {row['id']!r} is not in {data.name}")
         if row["split"] not in SPLITS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: split {row['split']!r} of {row['id']!r}; expected one of "
                 f"{', '.join(SPLITS)}"
             )
         if known[row["id"]] in chosen:
-            raise ValueError(f"{path}: image {row['id']!r} is listed twice")
+            raise UserError(f"{path}: image {row['id']!r} is listed twice")
         chosen[known[row["id"]]] = row["split"]
     rows = np.array(sorted(chosen))
     splits = np.array([chosen[i] for i in rows], "<U8")
@@ -223,7 +224,7 @@ def make_splits(
 
     Test and validation patients depend on split_seed, what is drawn of the others on
     `seed`. split_file: a csv that says everything instead; {seed} in its name is
-    replaced. Raises ValueError when a split is empty or shares a patient.
+    replaced. Raises UserError when a split is empty or shares a patient.
     """
     if split_file:
         data = apply_split_file(data, split_file.replace("{seed}", str(seed)))
@@ -237,6 +238,6 @@ def make_splits(
         data = training_subset(data, subset, seed, max_images=max_images)
     for name in SPLITS:
         if name not in data.splits:
-            raise ValueError(f"{data.name}, {subset}: the {name} split is empty")
+            raise UserError(f"{data.name}, {subset}: the {name} split is empty")
     check_patients(data)
     return data

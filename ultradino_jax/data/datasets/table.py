@@ -13,6 +13,7 @@ from ultradino_jax.data.datasets.labelled import (
     labelled_images,
 )
 from ultradino_jax.data.sources import FolderSource, read_image
+from ultradino_jax.errors import UserError
 
 
 def load_csv(
@@ -29,7 +30,7 @@ def load_csv(
     default the sorted names that occur. Without a patient column every image is its
     own patient. Splits that are not there are made patient by patient; further columns
     become groups, for which figures are reported apart.
-    Raises FileNotFoundError or ValueError naming what is missing.
+    Raises FileNotFoundError or UserError naming what is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,7 +48,7 @@ def load_csv(
     files = [path.parent / row["id"] for row in rows]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(missing)} of {len(files)} images do not exist, first "
             f"{missing[0]!r}"
         )
@@ -83,7 +84,7 @@ def load_class_folders(
         parts = name.split("/")
         split, parts = (parts[0], parts[1:]) if by_split else ("train", parts)
         if len(parts) < 2:
-            raise ValueError(f"{str(root)!r}: {name!r} is not in a folder of a class")
+            raise UserError(f"{str(root)!r}: {name!r} is not in a folder of a class")
         rows.append({"id": name, "patient": name, "label": parts[0], "split": split})
     data = labelled_images(
         Path(root).resolve().name,

@@ -11,8 +11,10 @@ import pickle
 import numpy as np
 from numpy.lib import format as npy_format
 
+from ultradino_jax.errors import UserError
 
-class UnsafePickle(ValueError):
+
+class UnsafePickle(UserError):
     """The pickle names something other than arrays, or is damaged."""
 
 
@@ -51,7 +53,7 @@ def load_npy_pickle(source):
     source: a path or the file's bytes. A 0-d object array (a saved dict) comes back as
     the object itself, any other object array as the array.
     Raises UnsafePickle when the pickle wants anything but arrays, dicts, lists, text
-    and numbers, or is damaged; ValueError when the file is not a pickled .npy.
+    and numbers, or is damaged; UserError when the file is not a pickled .npy.
     """
     if not isinstance(source, bytes):
         with open(source, "rb") as file:
@@ -63,10 +65,10 @@ def load_npy_pickle(source):
         2: npy_format.read_array_header_2_0,
     }.get(major)
     if read_header is None:
-        raise ValueError(f"npy format version {major} holds no pickle")
+        raise UserError(f"npy format version {major} holds no pickle")
     _, _, dtype = read_header(file)
     if not dtype.hasobject:
-        raise ValueError("npy file holds a plain array: use numpy.load")
+        raise UserError("npy file holds a plain array: use numpy.load")
     try:
         loaded = _ArraysOnly(file).load()
     except UnsafePickle:

@@ -1,5 +1,7 @@
 """The reasons for which an input leaves no record, in words that name no patient."""
 
+from ultradino_jax.errors import UserError
+
 REASONS = {
     "empty": "the file has no bytes",
     "unreadable": "damaged or truncated",
@@ -30,7 +32,7 @@ REASONS = {
 }
 
 
-class Unreadable(ValueError):
+class Unreadable(UserError):
     """One input that yields no frames. reason: a key of REASONS.
 
     detail: a fixed phrase. It is written to disk, so it must never quote the input:

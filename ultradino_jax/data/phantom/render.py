@@ -22,6 +22,7 @@ from ultradino_jax.data.phantom import other_views as phantom_other
 from ultradino_jax.data.phantom import scanner as imaging
 from ultradino_jax.data.phantom.brush import Brush
 from ultradino_jax.data.phantom.scanner import Machine, Probe
+from ultradino_jax.errors import UserError
 
 # Label ids as in the CSV splits of the paper's repository.
 PLANES = (
@@ -113,7 +114,7 @@ def render_phantom(
     settings: None draws the probe, the frame and the mother anew for every image;
         a number lets all images share that many of them, so that what is left to see
         is the fetus. An easier world, for runs of minutes.
-    Raises ValueError for an unknown task, a negative index or a frame under 16 px.
+    Raises UserError for an unknown task, a negative index or a frame under 16 px.
     """
     _check(index, seed, size, images_per_patient, task)
     number, order = divmod(index, images_per_patient)
@@ -180,14 +181,14 @@ def render_phantom(
 
 def _check(index, seed, size, images_per_patient, task):
     if task not in TASKS:
-        raise ValueError(f"phantom: task {task!r} is none of {', '.join(TASKS)}")
+        raise UserError(f"phantom: task {task!r} is none of {', '.join(TASKS)}")
     if index < 0 or seed < 0 or images_per_patient < 1:
-        raise ValueError(
+        raise UserError(
             f"phantom: index {index}, seed {seed} must be >= 0 and "
             f"images_per_patient {images_per_patient} >= 1"
         )
     if min(size) < 16:
-        raise ValueError(f"phantom: size {size} is under 16 pixels")
+        raise UserError(f"phantom: size {size} is under 16 pixels")
 
 
 def _visible_masks(structures, view, sector):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ultradino_jax.data.sources import MIN_SIDE, check_channels, check_index, digest_of
+from ultradino_jax.errors import UserError
 
 
 class PhantomSource:
@@ -30,7 +31,7 @@ class PhantomSource:
     ):
         check_channels(channels)
         if num_images < 1 or min(size) < MIN_SIDE:
-            raise ValueError(
+            raise UserError(
                 f"phantom source needs an image and sides of {MIN_SIDE} pixels, got "
                 f"num_images={num_images}, size={tuple(size)}"
             )

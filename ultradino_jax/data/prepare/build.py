@@ -26,6 +26,7 @@ from ultradino_jax.data.prepare.dedup import ExcludeList, NearIndex
 from ultradino_jax.data.prepare.file import MemberResult
 from ultradino_jax.data.prepare.report import write_report
 from ultradino_jax.data.prepare.scan import Key
+from ultradino_jax.errors import UserError
 
 DEDUP = ("near", "exact", "none")
 
@@ -35,7 +36,7 @@ class CacheBuilder:
 
     root: its directory. plan: options and input digest; a cache is only resumed, or
     found complete, under the same plan. cursor: (entry, member) to go on from.
-    Raises ValueError when the directory holds something else, OutputError when it
+    Raises UserError when the directory holds something else, OutputError when it
     cannot be written.
     """
 
@@ -96,7 +97,7 @@ class CacheBuilder:
         if manifest.exists():
             content = _load(manifest)
             if content.get("format") != FORMAT:
-                raise ValueError(f"{manifest}: belongs to something else")
+                raise UserError(f"{manifest}: belongs to something else")
             _check_plan(content.get("plan"), self._plan, self._root)
             shutil.rmtree(self._work, ignore_errors=True)
             return content
@@ -106,11 +107,11 @@ class CacheBuilder:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self._root}: another prepare is at work") from None
+                raise UserError(f"{self._root}: another prepare is at work") from None
             if plan.exists():
                 _check_plan(_load(plan), self._plan, self._root)
             elif [p.name for p in self._root.iterdir()] != [".work"]:
-                raise ValueError(f"{self._root}: not empty, and no cache of prepare")
+                raise UserError(f"{self._root}: not empty, and no cache of prepare")
             else:
                 write_whole(plan, _json(self._plan))
         except OSError as error:
@@ -274,7 +275,7 @@ def _load(path: Path) -> dict:
             return content
     except ValueError:
         pass
-    raise ValueError(f"{path}: damaged")
+    raise UserError(f"{path}: damaged")
 
 
 def _check_plan(found, wanted: dict, root: Path) -> None:
@@ -286,7 +287,7 @@ def _check_plan(found, wanted: dict, root: Path) -> None:
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name)
     ]
-    raise ValueError(
+    raise UserError(
         f"{root} was started from other inputs or options ({'; '.join(different)}): "
         "choose another output, or delete it"
     )

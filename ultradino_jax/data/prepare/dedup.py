@@ -9,6 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ultradino_jax.errors import UserError
+
 _BANDS = 8  # 128 bits in bands of 16: a distance of 7 leaves one band untouched
 _MAX_BITS = _BANDS - 1
 _MIN_CORRELATION = 0.99
@@ -104,7 +106,7 @@ class ExcludeList:
                         value = np.frombuffer(base64.b64decode(text), np.uint8)
                         self._near.add(value)
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}: not a hash list of prepare") from None
+                raise UserError(f"{path}: not a hash list of prepare") from None
 
     def matches(self, sha256: bytes, near: list[np.ndarray]) -> bool:
         """Whether a frame is on a list: same pixels, or a near view of it.

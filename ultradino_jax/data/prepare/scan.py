@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ultradino_jax.errors import UserError
+
 
 class Entry(NamedTuple):
     """One file. root: number of its input; name: path below that input, with slashes.
@@ -69,7 +71,7 @@ class Key:
     def load(cls, path: Path) -> "Key":
         """Reads the key file, or makes it, readable by its owner only.
 
-        Raises ValueError when the file holds no key.
+        Raises UserError when the file holds no key.
         """
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -80,7 +82,7 @@ class Key:
             except ValueError:
                 secret = b""
             if len(secret) < 32:
-                raise ValueError(f"{path}: not a key file of prepare") from None
+                raise UserError(f"{path}: not a key file of prepare") from None
             return cls(secret)
         with os.fdopen(descriptor, "w") as file:
             secret = secrets.token_bytes(32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.backbone import Backbone, load_backbone, save_backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess, probe_tokens
 from ultradino_jax.evaluators.load import load_any_backbone
 
@@ -110,7 +111,7 @@ def save_classifier(
 def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     """(classifier, its record) from its folder, or the run's folder above it.
 
-    Raises FileNotFoundError when there is none or its backbone is gone, and ValueError
+    Raises FileNotFoundError when there is none or its backbone is gone, and UserError
     when the backbone is no longer the one it was trained on.
     """
     path = Path(path).absolute()
@@ -132,7 +133,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         sizes = {k: wanted[k] for k in ("image_size", "channels")}
         backbone = load_any_backbone(wanted["checkpoint"], **sizes)
     if backbone.digest != wanted["digest"]:
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} was trained on a backbone of digest "
             f"{wanted['digest'][:12]}; {wanted['checkpoint']!r} now holds "
             f"{backbone.digest[:12]}"

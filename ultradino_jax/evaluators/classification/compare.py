@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.metrics import (
     accuracy,
     macro_f1,
@@ -32,18 +33,18 @@ def read_entry(path: str | Path, entry: str = "") -> dict:
     path: a results.json with its predictions.csv beside it. entry: label of an entry;
     by default the teacher's, if there is one only. labels [n] and predictions [runs,n]
     are class indices, images sorted by id.
-    Raises ValueError naming the entries when the choice is not clear.
+    Raises UserError naming the entries when the choice is not clear.
     """
     path = Path(path)
     results = json.loads(path.read_text())
     if results.get("format") != "ultradino_classification":
-        raise ValueError(f"{path}: not the results of a classification evaluation")
+        raise UserError(f"{path}: not the results of a classification evaluation")
     labels = list(results["entries"])
     chosen = [x for x in labels if x == (entry or x)]
     if not entry:
         chosen = [x for x in chosen if x.startswith("teacher/")]
     if len(chosen) != 1:
-        raise ValueError(f"{path}: choose one entry of {', '.join(labels)}")
+        raise UserError(f"{path}: choose one entry of {', '.join(labels)}")
     classes = results["dataset"]["classes"]
     runs: dict[str, dict] = {}
     with open(path.parent / "predictions.csv", newline="", encoding="utf-8") as file:
@@ -75,12 +76,12 @@ def compare(a: dict, b: dict, *, replicates: int = 10_000, seed: int = 0) -> dic
     patients. The permutation test swaps the predictions of a and b for random patients:
     under the hypothesis that they are exchangeable every swap is equally likely, and
     p = (1 + swaps at least as far apart) / (1 + swaps), two-sided.
-    Raises ValueError when the test images or labels differ.
+    Raises UserError when the test images or labels differ.
     """
     same = a["ids"] == b["ids"] and a["classes"] == b["classes"]
     if not same or (a["labels"] != b["labels"]).any():
         common = len(set(a["ids"]) & set(b["ids"]))
-        raise ValueError(
+        raise UserError(
             f"the test sets differ: {len(a['ids'])} and {len(b['ids'])} images, "
             f"{common} in both"
         )

@@ -17,6 +17,7 @@ from ultradino_jax.data.datasets.labelled import (
     few_per_class,
 )
 from ultradino_jax.data.datasets.open import load_dataset
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import RawPixels, raw_pixels, untrained
 from ultradino_jax.evaluators.classification.classifier import FOLDER, save_classifier
 from ultradino_jax.evaluators.classification.finetune import finetune
@@ -47,14 +48,14 @@ PACKAGES = ("jax", "flax", "optax", "numpy", "scikit-learn", "opencv-python-head
 def load_external(config: ConfigDict, data: LabelledImages) -> LabelledImages | None:
     """The external test set, or None; all of its images are tested on.
 
-    Raises ValueError when it has a class that the evaluation has not.
+    Raises UserError when it has a class that the evaluation has not.
     """
     if not config.external.name:
         return None
     external = load_dataset(config.external)
     unknown = [name for name in external.classes if name not in data.classes]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"external set {external.name}: class {unknown[0]!r} is not among the "
             f"{len(data.classes)} classes of the head ({', '.join(data.classes)})"
         )
@@ -65,7 +66,7 @@ def make_rows(config: ConfigDict, backbone: Backbone) -> dict[str, Backbone]:
     """The backbone and what it is measured against, by row name."""
     unknown = sorted(set(config.rows) - set(ROWS))
     if unknown:
-        raise ValueError(f"row {unknown[0]!r} is unknown; choose of {', '.join(ROWS)}")
+        raise UserError(f"row {unknown[0]!r} is unknown; choose of {', '.join(ROWS)}")
     make = {
         "teacher": lambda: backbone,
         "random init": lambda: untrained(backbone, config.random_init_seed),
@@ -81,11 +82,11 @@ def evaluate(
 ) -> dict:
     """Run the evaluation and write its results into `workdir`; returns them.
 
-    checkpoint: None when all rows are untrained. Raises ValueError or OSError with one
+    checkpoint: None when all rows are untrained. Raises UserError or OSError with one
     line when the input is bad.
     """
     if config.mode not in MODES:
-        raise ValueError(f"mode {config.mode!r}: choose one of {', '.join(MODES)}")
+        raise UserError(f"mode {config.mode!r}: choose one of {', '.join(MODES)}")
     start = time.monotonic()
     data = load_dataset(config.data)
     check_splits(data)
@@ -300,7 +301,7 @@ def _fit(config, method, train, val, classes, grid, seed) -> _Fitted:
         )
     if method == "knn":
         return _nearest(config.knn, x, y, val_x, val_y, num_classes)
-    raise ValueError(f"method {method!r}: choose one of linear, knn, logreg")
+    raise UserError(f"method {method!r}: choose one of linear, knn, logreg")
 
 
 def _nearest(c, x, y, val_x, val_y, num_classes):

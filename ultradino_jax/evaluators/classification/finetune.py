@@ -20,6 +20,7 @@ import optax
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.data.datasets.labelled import LabelledImages
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import (
     FOLDER,
     NORM_EPS,
@@ -117,10 +118,10 @@ def make_optimizer(
     """AdamW (0.9, 0.999, 1e-8) with `warmup_cosine` over steps.
 
     layerwise: 'reference' gives every parameter one rate and a decay of 0.01;
-    'intended' applies layer-wise rates and no decay. Raises ValueError for another.
+    'intended' applies layer-wise rates and no decay. Raises UserError for another.
     """
     if layerwise not in WEIGHT_DECAY:
-        raise ValueError(f"layerwise={layerwise!r}: choose 'reference' or 'intended'")
+        raise UserError(f"layerwise={layerwise!r}: choose 'reference' or 'intended'")
 
     def scale_by_layer(updates, state, params=None):
         table = learning_rate_table(
@@ -224,7 +225,7 @@ def finetune(
 
     The state is kept in `workdir` every `checkpoint_every` epochs, the result at the
     end in `workdir/classifier`: running it again goes on from there, or returns at once
-    when it had ended. Raises ValueError when the workdir belongs to another backbone,
+    when it had ended. Raises UserError when the workdir belongs to another backbone,
     data set or setting.
     """
     model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
@@ -279,7 +280,7 @@ def finetune(
             losses = []
             epoch = len(history)
             if not np.isfinite(mean_loss):
-                raise ValueError(f"{name}: the loss is not finite in epoch {epoch}")
+                raise UserError(f"{name}: the loss is not finite in epoch {epoch}")
             if not history or f1 > max(h["val_macro_f1"] for h in history):
                 best = jax.tree.map(jnp.copy, state[:2])
             history.append({"epoch": epoch, "loss": mean_loss, "val_macro_f1": f1})

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ultradino_jax.errors import UserError
+
 
 @functools.partial(jax.jit, static_argnames=("ks", "num_classes", "max_k"))
 def _votes(train, one_hot_labels, test, temperature, *, ks, num_classes, max_k):
@@ -32,18 +34,18 @@ def knn_votes(
     Features are L2-normalised here. The weights are softmax(cosine / temperature) over
     the max(ks) nearest rows, then cut to the first k and not normalised again, so they
     sum to less than one for smaller k. A k above n means all n rows.
-    Raises ValueError when the training set is empty or the labels do not fit.
+    Raises UserError when the training set is empty or the labels do not fit.
     Source: DINOv2 `eval/knn.py` KnnModule.
     """
     train, test = (_unit_rows(x) for x in (train_features, test_features))
     labels = np.asarray(train_labels)
     if len(train) == 0 or len(labels) != len(train):
-        raise ValueError(
+        raise UserError(
             f"kNN needs a label per training row: {len(train)} rows, "
             f"{len(labels)} labels"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
+        raise UserError(
             f"training labels span {labels.min()}..{labels.max()}, "
             f"outside of {num_classes} classes"
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import LabelledImages
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.classification.mixup import (
     mix_images,
@@ -208,7 +209,7 @@ def fit_cached(
 ) -> LinearProbe:
     """Train on features that were extracted once, with hard labels, and select.
 
-    Raises ValueError when a label is outside of the head.
+    Raises UserError when a label is outside of the head.
     """
     check_labels(train_labels, num_classes)
     layers = max(h.num_layers for h in heads)
@@ -279,10 +280,10 @@ def fit_paper(
 
 
 def check_labels(labels, num_classes: int) -> None:
-    """Raises ValueError when a label does not fit a head of `num_classes` outputs."""
+    """Raises UserError when a label does not fit a head of `num_classes` outputs."""
     labels = np.asarray(labels)
     if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(
+        raise UserError(
             f"labels span {labels.min()}..{labels.max()}, the head has {num_classes} "
             f"classes"
         )

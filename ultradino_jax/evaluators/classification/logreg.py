@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.linear import check_labels
 from ultradino_jax.evaluators.progress import Progress
 
@@ -46,12 +47,12 @@ def fit_logreg(
 
     train [n,D], val [m,D]. The sweep goes from strong to weak penalty, each solution
     starting the next. A class without a training image is never predicted.
-    Raises ValueError when a label does not fit or only one class is there.
+    Raises UserError when a label does not fit or only one class is there.
     """
     check_labels(train_labels, num_classes)
     x, val = np.asarray(train, np.float64), np.asarray(val, np.float64)
     if len(np.unique(train_labels)) < 2:
-        raise ValueError(f"{name}: the training images are all of one class")
+        raise UserError(f"{name}: the training images are all of one class")
     # Centred, brought to unit size and turned into the span of the training rows the
     # solver is much faster, and nothing changes: the intercept is free, C is scaled
     # along, the penalty does not see a rotation and weights never leave the span.

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ultradino_jax.data.datasets.labelled import LabelledImages
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.augment import augment
 from ultradino_jax.evaluators.classification.mixup import Mix, draw_mix, no_mix
 from ultradino_jax.evaluators.features import Preprocess, to_channels
@@ -20,12 +21,12 @@ class Plan:
     The batch is even (a mixed batch meets its reverse) and never larger than the set.
     The last partial batch is dropped, yet the schedule counts it: the reference
     computes 46 steps per epoch of which 45 exist, so its factor ends just above 0.
-    Raises ValueError when n < 2.
+    Raises UserError when n < 2.
     """
 
     def __init__(self, n: int, *, batch_size: int, epochs: int, warmup_epochs: int):
         if n < 2:
-            raise ValueError(f"training needs at least 2 images, there is {n}")
+            raise UserError(f"training needs at least 2 images, there is {n}")
         self.batch_size = min(batch_size, n) // 2 * 2
         self.steps_per_epoch = n // self.batch_size
         self.steps = epochs * self.steps_per_epoch
@@ -88,13 +89,13 @@ def train_batches(
 
 
 def check_same_run(there: dict, now: dict, folder, what: str) -> None:
-    """Raises ValueError when what a folder holds was made from something else.
+    """Raises UserError when what a folder holds was made from something else.
 
     there, now: what identifies a training, by name. what: 'fine-tuning', ..
     """
     for key, value in now.items():
         if there[key] != value:
-            raise ValueError(
+            raise UserError(
                 f"{str(folder)!r} holds a {what} with another {key}: {there[key]} "
                 f"there, {value} now"
             )

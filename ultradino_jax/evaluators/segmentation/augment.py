@@ -8,6 +8,7 @@ picture is black and background.
 import cv2
 import numpy as np
 
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.augment import (
     GRID_CELLS,
     add_noise,
@@ -101,7 +102,7 @@ def augment_pair(
     published config does; 'symmetric' draws +-20 % per axis.
     """
     if translation not in TRANSLATIONS:
-        raise ValueError(
+        raise UserError(
             f"translation {translation!r}: choose one of {', '.join(TRANSLATIONS)}"
         )
     if rng.random() < 0.5:

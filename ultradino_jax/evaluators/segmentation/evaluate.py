@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages, make_splits
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.load import backbone_of, checkpoint_record
@@ -50,7 +51,7 @@ PACKAGES = ("jax", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
 def load_dataset(section: ConfigDict) -> SegmentedImages:
     """The data set that a config section names, without splits of this project.
 
-    Raises ValueError for an unknown name, and what its reader raises.
+    Raises UserError for an unknown name, and what its reader raises.
     """
     name = section.name
     builders = dict(
@@ -75,7 +76,7 @@ def load_dataset(section: ConfigDict) -> SegmentedImages:
         from ultradino_jax.data.datasets.masks import load_mask_folders
 
         return load_mask_folders(section.path, classes=tuple(section.classes))
-    raise ValueError(
+    raise UserError(
         f"data set {name!r} is unknown; choose fass, jnu_ifm, psfhs or folder"
     )
 
@@ -103,12 +104,12 @@ def read_pairs(data: SegmentedImages, preprocess: Preprocess) -> Pairs:
 
 
 def check_structures(data: SegmentedImages, parts: dict[str, Pairs]) -> None:
-    """Raises ValueError when a split has no pixel of a structure."""
+    """Raises UserError when a split has no pixel of a structure."""
     for name, pairs in parts.items():
         present = np.bincount(pairs.masks.ravel(), minlength=256)
         for k, structure in enumerate(data.classes):
             if not present[k]:
-                raise ValueError(
+                raise UserError(
                     f"{data.name}: none of the {len(pairs.masks)} images of the {name} "
                     f"split has {structure!r}; draw with another seed or split"
                 )
@@ -142,11 +143,11 @@ def make_rows(
 
 
 def check_rows(config: ConfigDict) -> None:
-    """Raises ValueError for an unknown row, or when there is none."""
+    """Raises UserError for an unknown row, or when there is none."""
     unknown = sorted(set(config.rows) - set(ROWS))
     if unknown or not config.rows:
         what = f"row {unknown[0]!r} is unknown" if unknown else "config.rows is empty"
-        raise ValueError(f"{what}; choose of {', '.join(ROWS)}")
+        raise UserError(f"{what}; choose of {', '.join(ROWS)}")
 
 
 def start_of(config: ConfigDict, checkpoint: str | Path | None) -> Backbone | None:
@@ -157,9 +158,9 @@ def start_of(config: ConfigDict, checkpoint: str | Path | None) -> Backbone | No
 
 
 def steps_of(config: ConfigDict, row: str) -> int:
-    """Training steps of a row. Raises ValueError for an unknown budget."""
+    """Training steps of a row. Raises UserError for an unknown budget."""
     if config.train.budget not in BUDGETS:
-        raise ValueError(
+        raise UserError(
             f"budget {config.train.budget!r}: choose one of {', '.join(BUDGETS)}"
         )
     if config.train.budget == "equal" or row == "teacher":
@@ -168,9 +169,9 @@ def steps_of(config: ConfigDict, row: str) -> int:
 
 
 def letterbox_of(config: ConfigDict) -> bool:
-    """Whether images keep their aspect. Raises ValueError for an unknown word."""
+    """Whether images keep their aspect. Raises UserError for an unknown word."""
     if config.model.resize not in RESIZES:
-        raise ValueError(
+        raise UserError(
             f"model.resize={config.model.resize!r}: choose one of {', '.join(RESIZES)}"
         )
     return config.model.resize == "letterbox"
@@ -222,7 +223,7 @@ def evaluate(
     """Train and test every row on every seed's split; returns the results.
 
     checkpoint: None when all rows are trained from scratch. What had ended before an
-    interruption is not trained again. Raises ValueError or OSError with one line when
+    interruption is not trained again. Raises UserError or OSError with one line when
     the input is bad.
     """
     workdir = Path(workdir)

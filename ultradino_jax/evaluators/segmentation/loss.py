@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from ultradino_jax.errors import UserError
+
 IGNORE = 255
 SMOOTH = 1e-3
 DICE_KINDS = ("reference", "softmax_dice")
@@ -29,10 +31,10 @@ def dice_loss(logits, labels, kind: str = "reference"):
     The sums run over pixels and classes of an image together, background included.
     'reference': p is the SIGMOID of each logit, as the paper's configs leave it (they
     omit a switch); 'softmax_dice': p is the softmax. Ignored pixels have no target but
-    their p^2 stays in the sum. Raises ValueError for another kind.
+    their p^2 stays in the sum. Raises UserError for another kind.
     """
     if kind not in DICE_KINDS:
-        raise ValueError(f"dice {kind!r}: choose one of {', '.join(DICE_KINDS)}")
+        raise UserError(f"dice {kind!r}: choose one of {', '.join(DICE_KINDS)}")
     squash = jax.nn.sigmoid if kind == "reference" else jax.nn.softmax
     p = squash(logits.astype(jnp.float32))
     t = one_hot(labels, logits.shape[-1])

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet
@@ -48,9 +49,9 @@ class Network:
 
     @classmethod
     def from_record(cls, record: dict) -> "Network":
-        """The inverse. Raises ValueError for an unknown network."""
+        """The inverse. Raises UserError for an unknown network."""
         if record["name"] not in NETWORKS:
-            raise ValueError(f"unknown segmentation network {record['name']!r}")
+            raise UserError(f"unknown segmentation network {record['name']!r}")
         fields = {**record, "options": tuple(map(tuple, record["options"]))}
         for key in ("mean", "std"):
             fields[key] = tuple(record[key])

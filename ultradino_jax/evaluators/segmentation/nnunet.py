@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ultradino_jax import cli
 from ultradino_jax.data.datasets.labelled import SPLITS
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
@@ -59,14 +60,14 @@ FOLDERS = {
 def export(config: ConfigDict, workdir: str | Path, say=print) -> dict:
     """Write the datasets of all seeds and the record of the work; returns the record.
 
-    Raises ValueError when the folder holds another export, and what reading the data
+    Raises UserError when the folder holds another export, and what reading the data
     raises.
     """
     workdir = Path(workdir)
     path = workdir / RECORD
     kept = json.loads(config.to_json_best_effort())
     if path.is_file() and read_record(workdir)["config"] != kept:
-        raise ValueError(f"{str(path)!r} is of another config; choose another folder")
+        raise UserError(f"{str(path)!r} is of another config; choose another folder")
     data = load_dataset(config.data)
     seeds = {}
     for k, seed in enumerate(config.seeds):
@@ -117,7 +118,7 @@ def epochs_of(trainer: str) -> int | None:
 def call(command: list[str], log: Path, env: dict, progress: Progress) -> None:
     """Run a command, its output into `log`, its epochs reported.
 
-    Raises ValueError naming the log and the last line when it fails.
+    Raises UserError naming the log and the last line when it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last, epochs = "", 0
@@ -144,7 +145,7 @@ def call(command: list[str], log: Path, env: dict, progress: Progress) -> None:
         code = process.wait()
     progress.close()
     if code:
-        raise ValueError(
+        raise UserError(
             f"{Path(command[0]).name} ended with {code}: {last}; its output is in {log}"
         )
 
@@ -152,7 +153,7 @@ def call(command: list[str], log: Path, env: dict, progress: Progress) -> None:
 def versions_in(folder: Path, env: dict) -> dict[str, str]:
     """Versions of nnunetv2 and torch in its environment.
 
-    Raises ValueError when its python does not start or lacks one.
+    Raises UserError when its python does not start or lacks one.
     """
     names = ("nnunetv2", "torch")
     ask = f"import importlib.metadata as m; print(*map(m.version, {names}))"
@@ -161,7 +162,7 @@ def versions_in(folder: Path, env: dict) -> dict[str, str]:
     )
     if asked.returncode:
         last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{str(folder / 'python')!r} cannot name {names}: {last}")
+        raise UserError(f"{str(folder / 'python')!r} cannot name {names}: {last}")
     return dict(zip(names, asked.stdout.split(), strict=True))
 
 
@@ -188,7 +189,7 @@ def run(
     """Plan, train and predict every seed with nnU-Net; what is done is not repeated.
 
     commands: see `find_commands`. Variables like nnUNet_n_proc_DA, nnUNet_compile or
-    nnUNet_extTrainer reach it from the environment. Raises ValueError when a command
+    nnUNet_extTrainer reach it from the environment. Raises UserError when a command
     fails, FileNotFoundError when there is none or nothing was exported.
     """
     workdir = Path(workdir).absolute()
@@ -238,7 +239,7 @@ def run(
 def collect(workdir: str | Path, say=print) -> dict:
     """Score the predictions as every row is scored; writes and returns results.json.
 
-    Raises ValueError when a prediction is missing or the data are not those exported.
+    Raises UserError when a prediction is missing or the data are not those exported.
     """
     workdir = Path(workdir)
     record = read_record(workdir)
@@ -253,7 +254,7 @@ def collect(workdir: str | Path, say=print) -> dict:
     for seed, facts in record["seeds"].items():
         split = split_of(config, data, int(seed))
         if split.split_hash() != facts["split_hash"]:
-            raise ValueError(f"{data.name}, seed {seed}: not the split of the export")
+            raise UserError(f"{data.name}, seed {seed}: not the split of the export")
         rows = {
             name: np.searchsorted(data.ids, split.split(name).ids) for name in SPLITS
         }
@@ -308,7 +309,7 @@ def main(argv) -> None:
             export(f.config, f.workdir)
         elif argv[1:] == ["run"]:
             if not f.bin:
-                raise ValueError(
+                raise UserError(
                     f"--bin names the environment of nnU-Net; to install it: {INSTALL}"
                 )
             options = dict(trainer=f.trainer, device=f.device, processes=f.processes)

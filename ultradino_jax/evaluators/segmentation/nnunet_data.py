@@ -14,6 +14,7 @@ from PIL import Image
 
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
 
@@ -81,7 +82,7 @@ def read_masks(
     """Predicted masks uint8 [n,S,S] of the data set's images `rows`.
 
     They are put into the square to the nearest pixel, as the labels are. Raises
-    ValueError when one is missing, of another size, or holds a value that is no class.
+    UserError when one is missing, of another size, or holds a value that is no class.
     """
     side = preprocess.image_size
     squares = np.zeros((len(rows), side, side), np.uint8)
@@ -89,13 +90,13 @@ def read_masks(
         path = folder / f"{case_name(row)}.png"
         if not path.is_file():
             missing = sum(not (folder / f"{case_name(r)}.png").is_file() for r in rows)
-            raise ValueError(
+            raise UserError(
                 f"{missing} of {len(rows)} predictions are missing, first {str(path)!r}"
                 f" (image {str(data.ids[row])!r})"
             )
         mask = np.asarray(Image.open(path))
         if mask.shape != data[row].shape or mask.max() >= len(data.classes):
-            raise ValueError(
+            raise UserError(
                 f"{str(path)!r} is {list(mask.shape)} with values to {mask.max()}; the "
                 f"image is {list(data[row].shape)}, classes end at "
                 f"{len(data.classes) - 1}"

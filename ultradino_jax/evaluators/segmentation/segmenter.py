@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ultradino_jax.backbone import Backbone, backbone_record, record_to_backbone
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess, row_sharding
 from ultradino_jax.evaluators.segmentation.networks import Network
 from ultradino_jax.models.upernet import UperNet, default_taps
@@ -84,10 +85,10 @@ class Segmenter:
 def usable_backbone(backbone: Backbone, registers: str) -> Backbone:
     """Float32, no drop path; its register tokens kept, or dropped as the reference.
 
-    Raises ValueError for another word.
+    Raises UserError for another word.
     """
     if registers not in REGISTERS:
-        raise ValueError(
+        raise UserError(
             f"registers={registers!r}: choose one of {', '.join(REGISTERS)}"
         )
     model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
@@ -190,7 +191,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
     """(segmenter, its record) from its folder, or the run's folder above it.
 
     Raises FileNotFoundError naming the path when there is none, and OSError or
-    ValueError when what is there is damaged.
+    UserError when what is there is damaged.
     """
     path = Path(path).absolute()
     for folder in (path, path / "segmenter"):

@@ -23,6 +23,7 @@ import optax
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.checkpoint import RunCheckpoints
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.recipe import check_same_run
 from ultradino_jax.evaluators.features import row_sharding
 from ultradino_jax.evaluators.progress import Progress
@@ -192,12 +193,12 @@ def train_segmenter(
     drop_path, norm, head_channels (0 for the backbone's D) are UperNet's. letterbox
     says how the pairs were made from images, for those to come.
     The state is kept in `workdir` every `checkpoint_every` validations; running it
-    again goes on from there, or returns at once when it had ended. Raises ValueError
+    again goes on from there, or returns at once when it had ended. Raises UserError
     when the workdir belongs to another backbone, split or setting, when the warm-up
     is not shorter than the training, or when the loss is not finite.
     """
     if not 0 < warmup_steps < steps:
-        raise ValueError(
+        raise UserError(
             f"{name}: {warmup_steps} warm-up steps do not fit {steps} steps of training"
         )
     workdir = Path(workdir)
@@ -284,7 +285,7 @@ def _train(
         loss = float(np.mean(jax.device_get(losses)))
         losses = []
         if not np.isfinite(loss):
-            raise ValueError(f"{name}: the loss is not finite before step {run.step}")
+            raise UserError(f"{name}: the loss is not finite before step {run.step}")
         now = dataclasses.replace(segmenter, variables=run.state.variables)
         run.validated(loss, validation_dice(now, val, batch_size))
         if len(run.history) % checkpoint_every == 0 and run.step != steps:

@@ -1,0 +1,98 @@
+"""Files and folders that are there whole or not at all, whenever power fails.
+
+What is written lies beside its place, is flushed to the disk, and is renamed last. A
+full disk leaves the file that was there before.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ultradino_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Path to write to; it becomes `path` at the end, or is removed on an error."""
+    path = Path(path)
+    fresh = path.with_name(path.name + ".new")
+    try:
+        yield fresh
+        _sync(fresh)
+        fresh.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+    _sync(path.absolute().parent)
+
+
+def write_whole(path: str | Path, data: str | bytes) -> None:
+    """Write bytes, or text as UTF-8."""
+    with whole_file(path) as fresh:
+        fresh.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON with an indent of 1 and a closing newline."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON. Raises UserError naming the file when it is cut or no JSON."""
+    text = Path(path).read_bytes()
+    try:
+        return json.loads(text)
+    except ValueError as error:  # also of a byte that is no UTF-8
+        raise UserError(f"{str(path)!r} is cut or not JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_folder(
+    folder: str | Path,
+    *,
+    first: bool = True,
+    meet: Callable[[str], None] = lambda what: None,
+) -> Iterator[Path]:
+    """Folder to write into, made empty; it takes the place of `folder` at the end.
+
+    An error inside leaves what was there. Where several processes write together, all
+    of them enter: `first` is true in one, which makes and renames the folder, and
+    meet(what) waits for the others.
+    """
+    folder = Path(folder).absolute()
+    fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    if first:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    meet(f"{folder.name}: fresh folder")
+    try:
+        yield fresh
+    except BaseException:
+        if first:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    meet(f"{folder.name}: written")
+    if first:
+        for place, _, names in os.walk(fresh):
+            for name in (*names, "."):
+                _sync(Path(place) / name)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    meet(f"{folder.name}: in place")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
