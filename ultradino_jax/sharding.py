@@ -104,3 +104,14 @@ def wait_for_all(what: str) -> None:
     """A barrier of all processes; nothing with one."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def row_sharding(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
+    """(rows over the local devices, a copy on each); one device if they do not fit."""
+    devices = jax.local_devices()
+    if batch_size % len(devices):
+        devices = devices[:1]
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(
+        mesh, PartitionSpec()
+    )

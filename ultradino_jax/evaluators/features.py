@@ -11,12 +11,12 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.sharding import row_sharding
 
 
 @dataclass(frozen=True)
@@ -135,17 +135,6 @@ class Features:
             )
         x = self.cls[:, -num_layers:].reshape(len(self), -1)
         return np.concatenate([x, self.mean_patch], axis=1) if avgpool else x
-
-
-def row_sharding(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """(rows over the local devices, a copy on each); one device if they do not fit."""
-    devices = jax.local_devices()
-    if batch_size % len(devices):
-        devices = devices[:1]
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(
-        mesh, PartitionSpec()
-    )
 
 
 def probe_tokens(model, params, images, num_layers: int):

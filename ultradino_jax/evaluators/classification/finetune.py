@@ -39,14 +39,11 @@ from ultradino_jax.evaluators.classification.recipe import (
     check_same_run,
     train_batches,
 )
-from ultradino_jax.evaluators.features import (
-    Preprocess,
-    image_batches,
-    row_sharding,
-)
+from ultradino_jax.evaluators.features import Preprocess, image_batches
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.optimizer import learning_rate_table, weight_decay_table
 from ultradino_jax.schedules import warmup_cosine
+from ultradino_jax.sharding import row_sharding
 
 NORM_MOMENTUM = 0.1
 # What the reference's config says and what its optimiser did: it builds groups with

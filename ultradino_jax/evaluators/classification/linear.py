@@ -29,14 +29,10 @@ from ultradino_jax.evaluators.classification.recipe import (
     epoch_order,
     train_batches,
 )
-from ultradino_jax.evaluators.features import (
-    Features,
-    Preprocess,
-    probe_tokens,
-    row_sharding,
-)
+from ultradino_jax.evaluators.features import Features, Preprocess, probe_tokens
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.schedules import warmup_cosine
+from ultradino_jax.sharding import row_sharding
 
 # fmt: off
 LEARNING_RATES = (

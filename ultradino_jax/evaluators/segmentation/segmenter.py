@@ -15,10 +15,11 @@ import orbax.checkpoint as ocp
 
 from ultradino_jax.backbone import Backbone, backbone_record, record_to_backbone
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.features import Preprocess, row_sharding
+from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation.networks import Network
 from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.sharding import row_sharding
 
 RECORD = "segmenter.json"
 REGISTERS = ("drop", "keep")

@@ -25,7 +25,6 @@ from ultradino_jax.backbone import Backbone
 from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.recipe import check_same_run
-from ultradino_jax.evaluators.features import row_sharding
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation.augment import augment_pair
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
@@ -40,6 +39,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     with_drop_path,
 )
 from ultradino_jax.schedules import warmup_linear
+from ultradino_jax.sharding import row_sharding
 from ultradino_jax.tree import map_with_name
 
 WEIGHT_DECAY = 0.01
