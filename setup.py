@@ -25,6 +25,8 @@ REQUIRES = [
     "tensorboardX>=2.6.4,<3",
     "matplotlib>=3.9,<4",
     "rich>=13.9,<16",
+    "safetensors>=0.8,<0.9",
+    "ml-dtypes>=0.5",
 ]
 
 EXTRAS = {
@@ -48,7 +50,6 @@ EXTRAS = {
     "interop": [
         "torch>=2.6,<3",
         "transformers>=4.48,<6",
-        "safetensors>=0.5",
         "onnx>=1.17",
         "onnxruntime>=1.20",
     ],

@@ -137,10 +137,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.count < 1:
         parser.error("--count must be at least 1")
     logging.set_verbosity(logging.WARNING)
-    from ultradino_jax.evaluators.load import load_any_backbone
+    from ultradino_jax.weights.load import load_backbone
 
     try:
-        backbone = load_any_backbone(args.checkpoint, image_size=args.image_size)
+        backbone = load_backbone(args.checkpoint, image_size=args.image_size)
         names, images = load_images(args.images, args.count)
         found = compute(backbone, images)
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.table1_rows import ROWS, Column, Row
 from ultradino_jax.phantom import LAYOUTS
-from ultradino_jax.weights.safetensors import write_safetensors
+from ultradino_jax.weights.files import write_safetensors
 
 WIDTH, DEPTH, HEADS, GRID = 128, 4, 4, 6
 # Patients and pixels of the longer side of each set.

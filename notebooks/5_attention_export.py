@@ -37,10 +37,10 @@ import numpy as np
 from configs import pretrain_smoke
 from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.load import load_any_backbone
 from ultradino_jax.export import export
 from ultradino_jax.health.panels import attention_maps, pca_colours
 from ultradino_jax.run.train import train
+from ultradino_jax.weights.load import load_backbone
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 CHECKPOINT = "runs/notebook"
@@ -49,7 +49,7 @@ CHECKPOINT = "runs/notebook"
 if not Path(CHECKPOINT).exists():
     train(pretrain_smoke.get_config("seconds" if SMOKE else "minutes"), CHECKPOINT)
 # Finer than it was trained at: positions are interpolated.
-backbone = load_any_backbone(CHECKPOINT, image_size=64 if SMOKE else 192)
+backbone = load_backbone(CHECKPOINT, image_size=64 if SMOKE else 192)
 preprocess = Preprocess.of(backbone, antialias=True)
 phantoms = [render_phantom(i, size=(192, 256), settings=3) for i in range(3)]
 pixels = np.stack([preprocess.resize(p.image[:, :, None]) for p in phantoms])

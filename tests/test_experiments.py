@@ -18,8 +18,8 @@ from experiments import (
 )
 from experiments.table1_collect import cell_folder, collect
 from experiments.table1_rows import COLUMNS, NOTES, ROWS
-from ultradino_jax.weights.load import load_backbone_file
-from ultradino_jax.weights.safetensors import write_safetensors
+from ultradino_jax.weights.files import write_safetensors
+from ultradino_jax.weights.load import load_backbone
 
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -119,14 +119,14 @@ def test_smoke_weights_are_read_as_their_family(row, tmp_path):
     path = tmp_path / "weights.safetensors"
     state = table1_smoke.random_weights(row, np.random.default_rng(0))
     write_safetensors(path, state, {})
-    backbone = load_backbone_file(path)
+    backbone = load_backbone(path)
     assert backbone.name.startswith(row.name.partition("_")[0])
     assert backbone.channels == row.channels
     assert backbone.image_size == table1_smoke.GRID * row.patch_size
     incomplete = {k: x for k, x in state.items() if "blocks.3.norm2.bias" not in k}
     write_safetensors(path, incomplete, {})
     with pytest.raises(ValueError, match=r"missing: blocks\.3\.norm2\.bias"):
-        load_backbone_file(path)
+        load_backbone(path)
 
 
 def test_one_smoke_cell_from_nothing_and_its_resume(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Backbones: a frozen model with what feeds it, written and read through Orbax."""
+"""Backbones: a frozen model with what feeds it, and its folder (weights/ reads it)."""
 
 import dataclasses
 import hashlib
@@ -12,9 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ultradino_jax.errors import UserError
-from ultradino_jax.models.usfm import USFM
-from ultradino_jax.models.vit import ViT
 from ultradino_jax.sharding import wait_for_all
 from ultradino_jax.tree import flat_names
 
@@ -53,9 +50,6 @@ class Backbone:
         return params_digest(self.params)
 
 
-MODEL_CLASSES = {"ViT": ViT, "USFM": USFM}
-
-
 def backbone_record(backbone: Backbone) -> dict:
     """JSON values: the module's class and fields, input size and statistics, name."""
     fields = dataclasses.fields(backbone.model)
@@ -73,24 +67,6 @@ def backbone_record(backbone: Backbone) -> dict:
         "std": list(backbone.std),
         "name": backbone.name,
     }
-
-
-def record_to_backbone(record: dict, params, source: str) -> Backbone:
-    """The inverse, given the parameters. Raises UserError for an unknown class."""
-    name = record.get("class", "ViT")
-    if name not in MODEL_CLASSES:
-        raise UserError(f"{source}: unknown model class {name!r} in its record")
-    fields = {**record["model"], "dtype": jnp.dtype(record["model"]["dtype"])}
-    return Backbone(
-        model=MODEL_CLASSES[name](**fields),
-        params=params,
-        image_size=record["image_size"],
-        channels=record["channels"],
-        mean=tuple(record["mean"]),
-        std=tuple(record["std"]),
-        name=record["name"],
-        source=source,
-    )
 
 
 def save_backbone(directory: str | Path, backbone: Backbone, **facts) -> None:
@@ -114,32 +90,3 @@ def save_backbone(directory: str | Path, backbone: Backbone, **facts) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         fresh.rename(directory)
     wait_for_all("backbone in place")
-
-
-def load_backbone(path: str | Path) -> Backbone:
-    """Read a backbone written by `save_backbone`, or a run's newest export.
-
-    `path` is the backbone's folder or the workdir of a run. Raises FileNotFoundError
-    naming the path when neither holds a `backbone.json`, and UserError when the
-    stored parameters do not fit the stored architecture.
-    """
-    path = Path(path).absolute()
-    for folder in (path, path / "backbone"):
-        if (folder / "backbone.json").is_file():
-            break
-    else:
-        raise FileNotFoundError(
-            f"no backbone.json in {str(path)!r} or its folder 'backbone'"
-        )
-    record = json.loads((folder / "backbone.json").read_text())
-    backbone = record_to_backbone(record, None, str(folder))
-    side = backbone.image_size
-    images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)
-    target = jax.eval_shape(backbone.model.init, jax.random.key(0), images)["params"]
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), target
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(folder / "params", target)
-    return dataclasses.replace(backbone, params=params)

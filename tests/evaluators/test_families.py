@@ -14,8 +14,8 @@ from tests.weights.test_torch_files import random_state  # noqa: E402
 from ultradino_jax.evaluators.classification import evaluate as classification  # noqa: E402
 from ultradino_jax.evaluators.segmentation import evaluate as segmentation  # noqa: E402
 from ultradino_jax.weights import naming  # noqa: E402
+from ultradino_jax.weights.files import write_safetensors  # noqa: E402
 from ultradino_jax.weights.meta import Architecture  # noqa: E402
-from ultradino_jax.weights.safetensors import write_safetensors  # noqa: E402
 
 WIDTH, DEPTH, PATCH, SIDE = 128, 4, 8, 32  # the width and depth of 'tiny'
 CLASSES = ("abdomen", "brain", "femur")

@@ -1,4 +1,4 @@
-"""Classifiers and segmenters leave, and compute the same where they arrive."""
+"""Classifiers and segmenters: what is exported computes the same where it is read."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.exports.test_backbones import MODEL, backbone, equal_trees, random_params
-from ultradino_jax.backbone import save_backbone
+from tests.exports.tiny import MODEL, backbone, equal_trees, random_params
+from ultradino_jax.cli import command
 from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
     save_classifier,
@@ -23,11 +23,13 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     usable_backbone,
 )
 from ultradino_jax.evaluators.trained import load_trained, trained_folder
-from ultradino_jax.export import check_images, export, main, our_outputs
+from ultradino_jax.export import main
+from ultradino_jax.exports.checked import check_images, export
+from ultradino_jax.exports.formats import load_task, write
 from ultradino_jax.exports.onnx_backbone import to_channels_first
-from ultradino_jax.exports.tasks import load_task, task_logits, write_task
+from ultradino_jax.exports.subject import our_outputs, task_logits
 from ultradino_jax.models.usfm import USFM
-from ultradino_jax.weights.load import load_backbone_file
+from ultradino_jax.weights.load import load_backbone
 
 NAMES = ("Bauch", "Kopf", "Schädel")
 
@@ -109,25 +111,44 @@ def test_folded_batch_norm_gives_the_trained_heads_logits():
     np.testing.assert_allclose(ours.logits(images), wanted, atol=1e-4)
 
 
-def test_own_file_holds_every_segmenter(tmp_path):
-    ours = segmenter()
-    save_segmenter(tmp_path / "upernet", ours)
-    report = export(tmp_path / "upernet", "safetensors", tmp_path / "out")
+@pytest.mark.parametrize("registers, norm", [("drop", "none"), ("keep", "batch")])
+def test_upernet_leaves_as_its_own_file_and_as_onnx(tmp_path, registers, norm):
+    ours = segmenter(registers, norm)
+    save_segmenter(tmp_path / "own", ours)
+    report = export(tmp_path / "own", "safetensors", tmp_path / "out")
     assert report["reload"]["bit_equal"] and report["kind"] == "segmenter"
+    again = load_task(tmp_path / "out")
+    assert (again.classes, again.model) == (ours.classes, ours.model)
+    equal_trees(dict(again.variables), dict(ours.variables))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    report = export(tmp_path / "own", "onnx", tmp_path / "onnx")
+    print(report["target"])
+    assert report["target"]["difference"]["logits"] < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    images = check_images(ours, None)
+    mask, logits = session.run(
+        ["mask", "logits"], {"pixel_values": to_channels_first(images)}
+    )
+    assert mask.dtype == np.uint8 and len(np.unique(mask)) == 3
+    np.testing.assert_array_equal(mask, logits.argmax(axis=1))
+    theirs = task_logits(ours, images)
+    assert theirs.std() > 0.02
+    np.testing.assert_array_equal(mask, theirs.argmax(axis=1))
+
+
+def test_own_file_holds_other_networks(tmp_path):
     network = Network("unet", (("norm", "batch"), ("width", 2)), 32, 1, (0.2,), (0.3,))
     model = segmentation_model(network, 3, norm="none", head_channels=0)
     images = jnp.zeros((1, 32, 32, 1))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda x: jnp.ones(x.shape), dict(shapes))
     unet = Segmenter(network, model, variables, NAMES)
-    (tmp_path / "unet").mkdir()
-    write_task("safetensors", unet, tmp_path / "unet")
-    for folder, wanted in (("out", ours), ("unet", unet)):
-        again = load_task(tmp_path / folder)
-        assert (again.classes, again.model) == (wanted.classes, wanted.model)
-        equal_trees(dict(again.variables), dict(wanted.variables))
+    write("safetensors", unet, tmp_path)
+    again = load_task(tmp_path)
+    assert (again.classes, again.model) == (unet.classes, unet.model)
+    equal_trees(dict(again.variables), dict(unet.variables))
     with pytest.raises(ValueError, match="'onnx' holds DINOv2-style ViTs"):
-        write_task("onnx", unet, tmp_path)
+        write("onnx", unet, tmp_path)
 
 
 def test_what_a_format_cannot_hold_is_said(results, tmp_path):
@@ -138,26 +159,26 @@ def test_what_a_format_cannot_hold_is_said(results, tmp_path):
         (classifier(2), "hf", "sees the last block only, this probe the last 2"),
     ]:
         with pytest.raises(ValueError, match=message):
-            write_task(kind, task, out)
+            write(kind, task, out)
     usfm = dataclasses.replace(
         backbone(USFM(48, 2, 3, image_size=64), channels=3), name="usfm"
     )
     head = {"kernel": np.zeros((48, 3)), "bias": np.zeros(3)}
     with pytest.raises(ValueError, match="usfm: format 'onnx' holds DINOv2-style"):
-        write_task("onnx", Classifier(usfm, head, 1, False, NAMES), out)
+        write("onnx", Classifier(usfm, head, 1, False, NAMES), out)
     flags = ["--checkpoint", str(results), "--format", "safetensors", "--out", str(out)]
     for change, message in [
         (["--image-size", "32"], "--image-size is for backbones: a head knows one"),
         (["--heads"], "--heads is for the projection heads of a pretraining run"),
     ]:
         with pytest.raises(SystemExit, match=f"error: {message}"):
-            main([*flags, *change])
+            command(main, [*flags, *change])
     assert not out.exists() and not (tmp_path / "out.new").exists()
-    main(flags)
-    with pytest.raises(ValueError, match="holds a classifier; interop.save_tasks"):
-        load_backbone_file(out)
-    save_backbone(tmp_path / "own", backbone())
-    export(tmp_path / "own", "safetensors", tmp_path / "backbone")
+    command(main, flags)
+    with pytest.raises(ValueError, match=r"holds a classifier; exports\.formats"):
+        load_backbone(out)
+    (tmp_path / "backbone").mkdir()
+    write("safetensors", backbone(), tmp_path / "backbone")
     with pytest.raises(ValueError, match="holds no classifier or segmenter"):
         load_task(tmp_path / "backbone")
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors in"):
@@ -191,26 +212,6 @@ def test_onnx_classifier(tmp_path, layers, patch, registers):
     images = check_images(ours, None)
     (got,) = session.run(["probabilities"], {"pixel_values": to_channels_first(images)})
     np.testing.assert_allclose(got, jax.nn.softmax(ours.logits(images)), atol=1e-5)
-
-
-@pytest.mark.parametrize("registers, norm", [("drop", "none"), ("keep", "batch")])
-def test_onnx_segmenter(tmp_path, registers, norm):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    ours = segmenter(registers, norm)
-    save_segmenter(tmp_path / "own", ours)
-    report = export(tmp_path / "own", "onnx", tmp_path / "out")
-    print(report["target"])
-    assert report["target"]["difference"]["logits"] < 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
-    images = check_images(ours, None)
-    mask, logits = session.run(
-        ["mask", "logits"], {"pixel_values": to_channels_first(images)}
-    )
-    assert mask.dtype == np.uint8 and len(np.unique(mask)) == 3
-    np.testing.assert_array_equal(mask, logits.argmax(axis=1))
-    theirs = task_logits(ours, images)
-    assert theirs.std() > 0.02
-    np.testing.assert_array_equal(mask, theirs.argmax(axis=1))
 
 
 @pytest.mark.parametrize("patch, registers, rgb", [(False, 4, True), (True, 0, False)])

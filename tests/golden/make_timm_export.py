@@ -50,12 +50,12 @@ def tiny_backbone(registers: int):
 
 def write(folder: Path) -> None:
     """FOLDER/registersN with an export each."""
-    from ultradino_jax.exports.backbones import write as write_files
+    from ultradino_jax.exports.formats import write as write_files
 
     for registers in REGISTERS:
         out = folder / f"registers{registers}"
         out.mkdir(parents=True)
-        write_files("timm", tiny_backbone(registers), out, None)
+        write_files("timm", tiny_backbone(registers), out)
 
 
 def tensors_sha256(tensors: dict[str, np.ndarray]) -> str:

@@ -16,6 +16,7 @@ MODELS = {
     "vit_small_patch16_224": {},
     "vit_base_patch14_reg4_dinov2": {"dynamic_img_size": True},
 }
+PATCH_STRIDE = 49  # every 49th patch token is stored
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -57,10 +58,10 @@ def main():
         prefix = model.num_prefix_tokens
         arrays[f"{name}/shapes"] = np.array(json.dumps(shapes))
         arrays[f"{name}/cls"] = tokens[:, 0]
-        arrays[f"{name}/patches"] = tokens[:, prefix::49]
+        arrays[f"{name}/patches"] = tokens[:, prefix::PATCH_STRIDE]
         arrays[f"{name}/last4_cls"] = np.stack([c[:, 0].numpy() for _, c in layers])
         arrays[f"{name}/last4_patches"] = np.stack(
-            [p[:, ::49].numpy() for p, _ in layers]
+            [p[:, ::PATCH_STRIDE].numpy() for p, _ in layers]
         )
     np.savez_compressed(Path(__file__).with_name("timm_vit.npz"), **arrays)
 

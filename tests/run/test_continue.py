@@ -11,7 +11,7 @@ from tests.weights.test_torch_files import random_state  # noqa: E402
 from ultradino_jax.health.phantom_knn import make_guard  # noqa: E402
 from ultradino_jax.run.plan import phantom_source  # noqa: E402
 from ultradino_jax.run.train import RunStopped, train  # noqa: E402
-from ultradino_jax.weights.load import load_backbone_file  # noqa: E402
+from ultradino_jax.weights.load import load_backbone  # noqa: E402
 from ultradino_jax.weights.meta import Architecture  # noqa: E402
 
 SMALL = {
@@ -38,7 +38,7 @@ def test_it_is_frozen_then_trained_and_stopped_when_it_collapses(tmp_path, monke
     config.update_from_flattened_dict(SMALL)
     config.init_from = str(dinov2_file(tmp_path / "dinov2.pth"))
     assert (config.optim.freeze_backbone_epochs, config.knn.guard) == (1.0, 0.05)
-    converted = load_backbone_file(config.init_from, image_size=32, channels=1)
+    converted = load_backbone(config.init_from, image_size=32, channels=1)
     assert converted.name == "dinov2_vitt8_reg4"
     check = make_guard(config.knn.patients, phantom_source(config), config.knn.guard)
     seen = []

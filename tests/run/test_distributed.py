@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tests.processes import start_main
-from ultradino_jax.backbone import load_backbone
+from ultradino_jax.weights.load import load_backbone
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.processes import start_main
-from ultradino_jax.backbone import load_backbone
 from ultradino_jax.checkpoint import RunCheckpoints, checksum
 from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.run.train import RunStopped, train
+from ultradino_jax.weights.load import load_backbone
 
 ROOT = Path(__file__).parents[2]
 

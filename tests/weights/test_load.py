@@ -1,192 +1,173 @@
-"""Families against arrays that their own libraries computed; and what is refused."""
+"""Families against arrays that their own libraries computed."""
 
+import functools
 import json
 
-import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from einops import rearrange
 
+from tests.weights.forward import (
+    HuggingFace,
+    channels_last,
+    forward,
+    hf_folder,
+    meta_of,
+    sides,
+)
 from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.normalization import FUS, IMAGENET
 from ultradino_jax.tree import flat_names
-from ultradino_jax.weights import naming
-from ultradino_jax.weights.families import (
-    IMAGENET,
-    backbone_from_tensors,
-)
-from ultradino_jax.weights.files import WeightFile, read_weights
-from ultradino_jax.weights.load import (
-    load_backbone_file,
-    with_channels,
-    with_image_size,
-)
+from ultradino_jax.weights import hf as hf_names
+from ultradino_jax.weights import timm as timm_names
+from ultradino_jax.weights.families import backbone_from_tensors
+from ultradino_jax.weights.files import WeightFile, read_weights, write_safetensors
+from ultradino_jax.weights.load import load_backbone, with_channels, with_image_size
 from ultradino_jax.weights.meta import vit_params, vit_state
-from ultradino_jax.weights.safetensors import read_safetensors, write_safetensors
 
-HF_CONFIG = {
-    "model_type": "dinov2_with_registers",
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-}
-
-
-def channels_last(x):
-    return jnp.asarray(rearrange(x, "b c h w -> b h w c"))
-
-
-def run(backbone, images, masks=None, layers=None):
-    apply = jax.jit(backbone.model.apply, static_argnames=("layers",))
-    return apply({"params": backbone.params}, images, masks, layers=layers)
-
-
-def hf_folder(folder, tensors, config=HF_CONFIG, **files):
-    folder.mkdir(exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
+close = functools.partial(np.testing.assert_allclose, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
 def hf(golden, sub):
-    g = golden("dinov2_hf")
-    registers = sub(g, "param/")
-    plain = {k: v for k, v in registers.items() if k != "embeddings.register_tokens"}
-    return g, {"registers": registers, "plain": plain}
+    return HuggingFace(golden("dinov2_hf"), sub)
 
 
-@pytest.mark.parametrize("kind, num_registers", [("registers", 4), ("plain", 0)])
-@pytest.mark.parametrize("size", ["56x56", "84x84", "56x84"])
-def test_hugging_face_folder_equals_transformers(
-    hf, tmp_path, kind, num_registers, size
-):
-    g, tensors = hf
-    backbone = load_backbone_file(hf_folder(tmp_path / "hf", tensors[kind]))
-    assert backbone.model.num_registers == num_registers
-    assert (backbone.image_size, backbone.channels) == (56, 3)
+@pytest.fixture(scope="module")
+def ibot(golden, sub):
+    """(arrays, sizes of the model, backbone)."""
+    g = golden("ibot_vit")
+    meta = meta_of(g)
+    file = WeightFile(sub(g, "param/"))
+    return g, meta, backbone_from_tensors(file, num_heads=meta["heads"])
+
+
+@pytest.mark.parametrize("kind", ["registers", "plain"])
+def test_hugging_face_folder_equals_transformers(hf, tmp_path, kind):
+    backbone = load_backbone(hf.folder(tmp_path / "hf", kind))
+    side, first = hf.meta["img"], 1 + hf.registers[kind]
+    assert backbone.model.num_registers == hf.registers[kind]
+    assert (backbone.image_size, backbone.channels) == (side, 3)
     assert (backbone.mean, backbone.std) == IMAGENET
-    out = run(backbone, channels_last(g[f"input/{size}"]), layers=(0, 1, 2))
-    hidden = g[f"{kind}/{size}/last_hidden_state"]
-    np.testing.assert_allclose(out.cls_token, hidden[:, 0], atol=2e-5)
-    first = 1 + num_registers
-    np.testing.assert_allclose(out.register_tokens, hidden[:, 1:first], atol=2e-5)
-    np.testing.assert_allclose(out.patch_tokens, hidden[:, first:], atol=2e-5)
-    if size == "56x56":
-        states = g[f"{kind}/{size}/hidden_states"][1:]
-        raw = backbone.model.apply(
-            {"params": backbone.params},
-            channels_last(g[f"input/{size}"]),
-            layers=(0, 1, 2),
-            norm_layers=False,
-        )
-        np.testing.assert_allclose(raw.layers, states, atol=2e-5)
-    if size == "84x84":  # resized once instead of in every pass
-        resized = load_backbone_file(tmp_path / "hf", image_size=84)
-        assert resized.model.image_size == 84
-        pos = g[f"{kind}/{size}/pos_embed"]
-        np.testing.assert_allclose(resized.params["pos_embed"], pos, atol=2e-5)
-        tokens = run(resized, channels_last(g[f"input/{size}"])).cls_token
-        np.testing.assert_allclose(tokens, hidden[:, 0], atol=2e-5)
+    layers = tuple(range(hf.meta["layers"]))
+    for size in hf.sizes:
+        g = {k: hf.g.get(f"{kind}/{size}/{k}") for k in ("hidden_states", "pos_embed")}
+        # Features of the blocks are compared before the final norm, as they are kept.
+        raw = forward(backbone, hf.images(size), layers=layers, norm_layers=False)
+        hidden = hf.g[f"{kind}/{size}/last_hidden_state"]
+        close(raw.cls_token, hidden[:, 0])
+        close(raw.register_tokens, hidden[:, 1:first])
+        close(raw.patch_tokens, hidden[:, first:])
+        if g["hidden_states"] is not None:
+            close(raw.layers, g["hidden_states"][1:])
+        height, width = sides(size)
+        if height == width != side:  # resized once instead of in every pass
+            resized = load_backbone(tmp_path / "hf", image_size=height)
+            assert resized.model.image_size == height
+            close(resized.params["pos_embed"], g["pos_embed"])
+            if kind == "registers":
+                close(forward(resized, hf.images(size)).cls_token, hidden[:, 0])
 
 
 def test_mask_token_equals_transformers(hf, tmp_path):
-    g, tensors = hf
-    backbone = load_backbone_file(hf_folder(tmp_path / "hf", tensors["registers"]))
-    masks = jnp.asarray(g["masked/bool_masked_pos"])
-    out = run(backbone, channels_last(g["input/56x56"]), masks)
-    hidden = g["masked/last_hidden_state"]
-    np.testing.assert_allclose(out.patch_tokens, hidden[:, 5:], atol=2e-5)
+    backbone = load_backbone(hf.folder(tmp_path / "hf"))
+    masks = jnp.asarray(hf.g["masked/bool_masked_pos"])
+    out = forward(backbone, hf.images(), masks)
+    hidden = hf.g["masked/last_hidden_state"]
+    close(out.patch_tokens, hidden[:, 1 + hf.meta["registers"] :])
 
 
-def timm_state(g, sub):
-    return naming.to_timm(
-        naming.from_hf(sub(g, "param/"))
-        | {"pos_embed": g["param/embeddings.position_embeddings"]},
-        class_position=False,
-    )
-
-
-@pytest.mark.parametrize("size", ["56x56", "84x84"])
-def test_timm_names_equal_timm(golden, sub, size):
-    g = golden("dinov2_hf")
-    state = timm_state(g, sub)
+def test_timm_names_equal_timm(hf):
+    g, tensors = hf.g, hf.tensors["registers"]
+    positions = tensors["embeddings.position_embeddings"]
+    state = hf_names.from_hf(tensors) | {"pos_embed": positions}
+    state = timm_names.to_timm(state, class_position=False)
     # The arrays were made without adding the class position to the class token.
-    state["cls_token"] = g["param/embeddings.cls_token"]
+    state["cls_token"] = tensors["embeddings.cls_token"]
     assert sorted(state) == sorted(g["timm/names"])
     shapes = json.loads(str(g["timm/shapes"]))
     assert {k: list(x.shape) for k, x in state.items()} == shapes
-    backbone = backbone_from_tensors(WeightFile(state), num_heads=3)
-    out = run(backbone, channels_last(g[f"input/{size}"]))
-    tokens = g[f"timm/{size}/forward_features"]
-    np.testing.assert_allclose(out.cls_token, tokens[:, 0], atol=2e-5)
-    np.testing.assert_allclose(out.register_tokens, tokens[:, 1:5], atol=2e-5)
-    np.testing.assert_allclose(out.patch_tokens, tokens[:, 5:], atol=2e-5)
+    backbone = backbone_from_tensors(WeightFile(state), num_heads=hf.meta["heads"])
+    first, layers = 1 + hf.meta["registers"], tuple(range(hf.meta["layers"]))
+    for size in hf.sizes:
+        if f"timm/{size}/forward_features" not in g:
+            continue
+        # As in the test of transformers, so that the program is there already.
+        images = hf.images(size)
+        out = forward(backbone, images, layers=layers, norm_layers=False)
+        tokens = g[f"timm/{size}/forward_features"]
+        close(out.cls_token, tokens[:, 0])
+        close(out.register_tokens, tokens[:, 1:first])
+        close(out.patch_tokens, tokens[:, first:])
 
 
-@pytest.mark.parametrize("size", ["64x64", "96x96", "48x48", "64x96", "32x128"])
-def test_ibot_equals_the_official_model(golden, sub, size):
-    g = golden("ibot_vit")
-    backbone = backbone_from_tensors(WeightFile(sub(g, "param/")), num_heads=3)
-    assert backbone.name == "ibot_vit48x3_16"
+def test_ibot_equals_the_official_model(ibot):
+    g, meta, backbone = ibot
+    name = f"{meta['embed_dim']}x{meta['depth']}_{meta['patch']}"
+    assert backbone.name == f"ibot_vit{name}"
     assert backbone.model.num_registers == 0 and backbone.model.layerscale is None
-    out = run(backbone, channels_last(g[f"{size}/input/x"]), layers=(-2, -1))
-    np.testing.assert_allclose(out.cls_token, g[f"{size}/out/cls"], atol=3e-5)
-    np.testing.assert_allclose(out.patch_tokens, g[f"{size}/out/patch"], atol=3e-5)
-    for i in range(2):
-        theirs = g[f"{size}/out/get_intermediate_layers/n2/{i}"]
-        np.testing.assert_allclose(out.layers[i], theirs, atol=3e-5)
-    height, width = (int(x) for x in size.split("x"))
-    if height == width:
-        pos = with_image_size(backbone, height).params["pos_embed"]
-        np.testing.assert_allclose(pos, g[f"{size}/out/pos_embed"], atol=2e-5)
+    for key in [k for k in g if k.endswith("/input/x")]:
+        size = key.removesuffix("/input/x")
+        out = forward(backbone, channels_last(g[key]), layers=(-2, -1))
+        close(out.cls_token, g[f"{size}/out/cls"], atol=3e-5)
+        close(out.patch_tokens, g[f"{size}/out/patch"], atol=3e-5)
+        for i in range(2):
+            theirs = g[f"{size}/out/get_intermediate_layers/n2/{i}"]
+            close(out.layers[i], theirs, atol=3e-5)
+        height, width = sides(size)
+        if height == width:
+            pos = with_image_size(backbone, height).params["pos_embed"]
+            close(pos, g[f"{size}/out/pos_embed"])
 
 
-def test_ibot_pretraining_variant_equals_the_official_model(golden, sub):
-    g = golden("ibot_vit")
+def test_ibot_pretraining_variant_equals_the_official_model(ibot, sub):
+    g, meta, _ = ibot
     state = sub(g, "param/") | sub(g, "masked/param/")
-    backbone = backbone_from_tensors(WeightFile(state), num_heads=3)
-    masks = jnp.asarray(g["masked/input/mask"].reshape(2, 16))
-    out = run(backbone, channels_last(g["64x64/input/x"]), masks)
+    backbone = backbone_from_tensors(WeightFile(state), num_heads=meta["heads"])
+    masks = g["masked/input/mask"]
+    masks = jnp.asarray(masks.reshape(len(masks), -1))
+    images = channels_last(g[f"{meta['img']}x{meta['img']}/input/x"])
+    out = forward(backbone, images, masks)
     tokens = g["masked/out/tokens"]
-    np.testing.assert_allclose(out.cls_token, tokens[:, 0], atol=3e-5)
-    np.testing.assert_allclose(out.patch_tokens, tokens[:, 1:], atol=3e-5)
+    close(out.cls_token, tokens[:, 0], atol=3e-5)
+    close(out.patch_tokens, tokens[:, 1:], atol=3e-5)
 
 
 def test_usfm_is_recognised_and_resized(golden, sub, tmp_path):
     g = golden("usfm_vit")
+    meta = meta_of(g)
     write_safetensors(tmp_path / "usfm.safetensors", sub(g, "param/"), {})
-    backbone = load_backbone_file(tmp_path / "usfm.safetensors")
-    assert (backbone.name, backbone.mean) == ("usfm_vit48x3_16", IMAGENET[0])
+    backbone = load_backbone(tmp_path / "usfm.safetensors")
+    name = f"usfm_vit{meta['embed_dim']}x{meta['depth']}_{meta['patch']}"
+    assert (backbone.name, backbone.mean) == (name, IMAGENET[0])
     assert "fc_norm" in backbone.source and "head" in backbone.source
-    out = run(backbone, channels_last(g["input/x"]))
-    np.testing.assert_allclose(out.cls_token, g["out/pooled_mean"], atol=2e-5)
-    grown = with_image_size(backbone, 80)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 80, 80, 3)), jnp.float32)
-    late = run(backbone, x).cls_token
-    np.testing.assert_allclose(run(grown, x).cls_token, late, atol=1e-5)
+    out = forward(backbone, channels_last(g["input/x"]))
+    close(out.cls_token, g["out/pooled_mean"])
+    side = meta["img"] + meta["patch"]
+    grown = with_image_size(backbone, side)
+    x = np.random.default_rng(0).normal(size=(1, side, side, 3)).astype(np.float32)
+    late = forward(backbone, x).cls_token
+    close(forward(grown, x).cls_token, late, atol=1e-5)
 
 
-def test_grey_and_colour_kernels_agree_on_grey_images(golden, sub):
-    g = golden("ibot_vit")
-    colour = backbone_from_tensors(WeightFile(sub(g, "param/")), num_heads=3)
+def test_grey_and_colour_kernels_agree_on_grey_images(ibot):
+    g, meta, colour = ibot
+    side, p = meta["img"], meta["patch"]
     grey = with_channels(colour, 1)
     assert (grey.channels, grey.model) == (1, colour.model)
     np.testing.assert_allclose(grey.mean[0], np.mean(IMAGENET[0]))
-    x = channels_last(g["64x64/input/x"])[..., :1]
-    replicated = run(colour, jnp.repeat(x, 3, axis=-1)).cls_token
-    np.testing.assert_allclose(run(grey, x).cls_token, replicated, atol=1e-5)
+    x = channels_last(g[f"{side}x{side}/input/x"])[..., :1]
+    three, layers = jnp.repeat(x, 3, axis=-1), (-2, -1)
+    replicated = forward(colour, three, layers=layers).cls_token
+    close(forward(grey, x).cls_token, replicated, atol=1e-5)
     back = with_channels(grey, 3)
     assert len(back.mean) == len(back.std) == 3
-    same = run(back, jnp.repeat(x, 3, axis=-1)).cls_token
-    np.testing.assert_allclose(same, replicated, atol=1e-5)
+    close(forward(back, three, layers=layers).cls_token, replicated, atol=1e-5)
     with pytest.raises(ValueError, match="cannot turn 3 input channels into 2"):
         with_channels(colour, 2)
-    with pytest.raises(ValueError, match="100 is not a multiple of the patch size 16"):
-        with_image_size(colour, 100)
+    with pytest.raises(ValueError, match=f"is not a multiple of the patch size {p}"):
+        with_image_size(colour, side + 1)
 
 
 def reference_vit(golden, sub):
@@ -196,27 +177,30 @@ def reference_vit(golden, sub):
 
 def test_state_dict_round_trips_are_bit_equal(golden, sub):
     state = reference_vit(golden, sub)
-    back = vit_state(vit_params(state), patch_size=16)
+    patch_size = state["patch_embed.proj.weight"].shape[-1]
+    back = vit_state(vit_params(state), patch_size=patch_size)
     assert back.keys() == state.keys()
     for name, x in state.items():
         np.testing.assert_array_equal(back[name], x)
-    for forth in (naming.to_hf(state), naming.hf_file_names(naming.to_hf(state))):
-        again = naming.from_hf(forth)
+    theirs = hf_names.to_hf(state)
+    for forth in (theirs, hf_names.hf_file_names(theirs)):
+        again = hf_names.from_hf(forth)
         assert again.keys() == state.keys()
         assert all(np.array_equal(again[k], state[k]) for k in state)
 
 
-def test_version_5_names_in_memory_are_the_files_names(golden, sub):
-    g = golden("dinov2_hf")
-    names = json.loads(str(g["names/memory_v5_to_disk"]))
+def test_version_5_names_in_memory_are_the_files_names(hf):
+    names = json.loads(str(hf.g["names/memory_v5_to_disk"]))
     x = np.zeros(1)
     for memory, disk in names.items():
-        assert list(naming.hf_file_names({memory: x})) == [disk]
-    assert sorted(names.values()) == sorted(sub(g, "param/"))
+        assert list(hf_names.hf_file_names({memory: x})) == [disk]
+    assert sorted(names.values()) == sorted(hf.tensors["registers"])
 
 
 def test_prefixes_chunks_and_training_state_are_cut(golden, sub, tmp_path):
     state = reference_vit(golden, sub)
+    d, patch_size = state["patch_embed.proj.weight"].shape[::3]
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     path = tmp_path / "model.safetensors"
     head = {"mlp.0.weight": np.ones((4, 64)), "last_layer.weight_g": np.ones((8, 1))}
     chunked = {
@@ -231,13 +215,15 @@ def test_prefixes_chunks_and_training_state_are_cut(golden, sub, tmp_path):
         | {f"student.backbone.{k}": x + 1 for k, x in state.items()}
         | {"dino_loss.center": np.zeros((1, 8))},
     ]
+    registers = state["register_tokens"].shape[1]
     for tensors in files:
         tensors = {k: x.astype(np.float32) for k, x in tensors.items()}
         write_safetensors(path, tensors, {})
         file = read_weights(path)
         backbone = backbone_from_tensors(file, num_heads=2, source="file")
-        assert backbone.name == "ultradino_vit64x3_16_reg4"
-        assert (backbone.mean, backbone.channels) == ((0.1842924807,), 1)
+        name = f"ultradino_vit{d}x{depth}_{patch_size}_reg{registers}"
+        assert backbone.name == name
+        assert (backbone.mean, backbone.channels) == (FUS[0], 1)
         assert (backbone.model.pos_offset, backbone.model.pos_antialias) == (0.1, False)
         for name, x in flat_names(vit_params(state)).items():
             np.testing.assert_array_equal(flat_names(backbone.params)[name], x)
@@ -246,38 +232,26 @@ def test_prefixes_chunks_and_training_state_are_cut(golden, sub, tmp_path):
 
 
 def test_own_backbones_load_too(golden, sub, tmp_path):
-    model = ViT(64, 3, 2, image_size=64)
     params = vit_params(reference_vit(golden, sub))
-    backbone = Backbone(model, params, 64, 1, (0.2,), (0.3,), "mine")
+    d, depth = params["cls_token"].shape[-1], len(params["blocks"]["norm1"]["scale"])
+    grid = round((params["pos_embed"].shape[1] - 1) ** 0.5)
+    p = round(params["patch_embed"]["kernel"].shape[0] ** 0.5)
+    model = ViT(d, depth, 2, patch_size=p, image_size=grid * p)
+    backbone = Backbone(model, params, grid * p, 1, (0.2,), (0.3,), "mine")
     save_backbone(tmp_path / "run" / "backbone", backbone)
-    loaded = load_backbone_file(tmp_path / "run", image_size=32, channels=3)
-    assert (loaded.image_size, loaded.mean) == (32, (0.2,) * 3)
-    assert loaded.params["pos_embed"].shape == (1, 5, 64)
+    whole = load_backbone(tmp_path / "run", arch="", image_size=0, channels=0)
+    assert (whole.model, whole.digest) == (model, backbone.digest)
+    loaded = load_backbone(tmp_path / "run", image_size=2 * p, channels=3)
+    assert (loaded.image_size, loaded.mean) == (2 * p, (0.2,) * 3)
+    assert loaded.params["pos_embed"].shape == (1, 5, d)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_files_are_widened(hf, tmp_path, dtype):
-    _, tensors = hf
-    small = {k: x.astype(dtype) for k, x in tensors["registers"].items()}
-    backbone = load_backbone_file(hf_folder(tmp_path / "hf", small))
-    for leaf in jax.tree.leaves(backbone.params):
+    tensors = hf.tensors["registers"]
+    small = {k: x.astype(dtype) for k, x in tensors.items()}
+    backbone = load_backbone(hf_folder(tmp_path / "hf", small, hf.config))
+    for leaf in flat_names(backbone.params).values():
         assert leaf.dtype == np.float32
-    bias = tensors["registers"]["layernorm.bias"]
-    expected = bias.astype(dtype).astype(np.float32)
+    expected = tensors["layernorm.bias"].astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(backbone.params["norm"]["bias"], expected)
-
-
-def test_safetensors_keeps_dtypes_shapes_and_metadata(tmp_path):
-    tensors = {
-        "b": np.arange(6, dtype=np.float16).reshape(2, 3),
-        "a": np.float32(3.0).reshape(()),
-        "c": np.ones((2, 0), np.int64),
-        "d": np.array([1.5, 2.5], ml_dtypes.bfloat16),
-        "e": np.array([True, False]),
-    }
-    write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
-    back, metadata = read_safetensors(tmp_path / "x.safetensors")
-    assert metadata == {"format": "pt"} and back.keys() == tensors.keys()
-    for name, x in tensors.items():
-        assert (back[name].dtype, back[name].shape) == (x.dtype, x.shape)
-        np.testing.assert_array_equal(back[name], x)

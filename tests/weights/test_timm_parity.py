@@ -4,17 +4,14 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from ultradino_jax.export import our_features
-from ultradino_jax.exports.backbones import write
+from tests.weights.forward import channels_last, forward
+from ultradino_jax.exports.formats import write
+from ultradino_jax.exports.subject import our_features
 from ultradino_jax.weights.families import backbone_from_tensors
-from ultradino_jax.weights.files import WeightFile
+from ultradino_jax.weights.files import WeightFile, read_safetensors
 from ultradino_jax.weights.load import with_image_size
-from ultradino_jax.weights.safetensors import read_safetensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -26,59 +23,63 @@ def script(name):
     return module
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    return script("make_timm_vit")
+def names_in(g):
+    """What the file holds results of: the part of its keys before the slash."""
+    return sorted({key.partition("/")[0] for key in g if "/" in key})
 
 
-@pytest.mark.parametrize(
-    "name, ours",
-    [
-        ("vit_small_patch16_224", "ibot_vits16"),
-        ("vit_base_patch14_reg4_dinov2", "timm_vitb14_reg4"),
-    ],
-)
-def test_features_equal_timm(golden, sub, recipe, name, ours):
-    g = sub(golden("timm_vit"), f"{name}/")
-    shapes = json.loads(str(g["shapes"]))
-    state = {k: recipe.fill(k, tuple(s)) for k, s in shapes.items()}
-    backbone = backbone_from_tensors(WeightFile(state))
-    assert backbone.name == ours
-    backbone = with_image_size(backbone, 224)
-    images = jnp.asarray(recipe.images().transpose(0, 2, 3, 1))
-    apply = jax.jit(backbone.model.apply, static_argnames=("layers",))
-    out = apply({"params": backbone.params}, images, layers=(-4, -3, -2, -1))
-    first = 1 + backbone.model.num_registers
-    assert np.std(g["last4_patches"]) > 0.3
-    for got, wanted in [
-        (out.cls_token, g["cls"]),
-        (out.patch_tokens[:, ::49], g["patches"]),
-        (out.layers[:, :, 0], g["last4_cls"]),
-        (out.layers[:, :, first::49], g["last4_patches"]),
-    ]:
+def check_close(pairs, what):
+    for got, wanted in pairs:
         error = float(np.abs(got - wanted).max())
-        print(f"{name}: max |difference| {error:.2e}")
-        assert error < 1e-4
+        print(f"{what}: max |difference| {error:.2e}")
+        assert error < 1e-4, what
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-def test_timm_computes_our_features_from_our_export(golden, sub, tmp_path, registers):
-    """timm was given these very files; its tokens at batch 1 and 5 are ours."""
-    recipe = script("make_timm_export")
-    g = sub(golden("timm_export"), f"registers{registers}/")
-    backbone = recipe.tiny_backbone(registers)
-    write("timm", backbone, tmp_path, None)
-    tensors, _ = read_safetensors(tmp_path / "model.safetensors")
-    assert recipe.tensors_sha256(tensors) == str(g["sha256"])
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config == json.loads(str(g["config"]))
-    images = recipe.images().transpose(0, 2, 3, 1)
-    cls, patches = our_features(backbone, images)
-    assert g["prefix"] == 1 + registers and np.std(g["tokens"]) > 0.3
-    for got, wanted in [
-        (cls, g["tokens"][:, 0]),
-        (patches, g["tokens"][:, 1 + registers :]),
-    ]:
-        error = float(np.abs(got - wanted).max())
-        print(f"{registers} registers: max |difference| {error:.2e}")
-        assert error < 1e-4
+def test_features_equal_timm(golden, sub):
+    recipe, arrays = script("make_timm_vit"), golden("timm_vit")
+    images = recipe.images()
+    stride = recipe.PATCH_STRIDE
+    for name in names_in(arrays):
+        g = sub(arrays, f"{name}/")
+        shapes = json.loads(str(g["shapes"]))
+        state = {k: recipe.fill(k, tuple(s)) for k, s in shapes.items()}
+        backbone = backbone_from_tensors(WeightFile(state))
+        registers = shapes.get("reg_token", (1, 0))[1]
+        # timm's ViT without LayerScale has iBOT's names.
+        family = "timm" if "blocks.0.ls1.gamma" in shapes else "ibot"
+        assert backbone.name.startswith(f"{family}_vit")
+        assert backbone.model.num_registers == registers
+        backbone = with_image_size(backbone, images.shape[-1])
+        count = len(g["last4_cls"])
+        layers = tuple(range(-count, 0))
+        out = forward(backbone, channels_last(images), layers=layers)
+        assert np.std(g["last4_patches"]) > 0.3
+        check_close(
+            [
+                (out.cls_token, g["cls"]),
+                (out.patch_tokens[:, ::stride], g["patches"]),
+                (out.layers[:, :, 0], g["last4_cls"]),
+                (out.layers[:, :, 1 + registers :: stride], g["last4_patches"]),
+            ],
+            name,
+        )
+
+
+def test_timm_computes_our_features_from_our_export(golden, sub, tmp_path):
+    """timm was given these very files; its tokens at several batch sizes are ours."""
+    recipe, arrays = script("make_timm_export"), golden("timm_export")
+    for name in names_in(arrays):
+        g = sub(arrays, f"{name}/")
+        prefix = int(g["prefix"])
+        assert name == f"registers{prefix - 1}"
+        backbone, folder = recipe.tiny_backbone(prefix - 1), tmp_path / name
+        folder.mkdir()
+        write("timm", backbone, folder)
+        tensors, _ = read_safetensors(folder / "model.safetensors")
+        assert recipe.tensors_sha256(tensors) == str(g["sha256"])
+        config = json.loads((folder / "config.json").read_text())
+        assert config == json.loads(str(g["config"]))
+        cls, patches = our_features(backbone, recipe.images().transpose(0, 2, 3, 1))
+        assert np.std(g["tokens"]) > 0.3
+        theirs = g["tokens"]
+        check_close([(cls, theirs[:, 0]), (patches, theirs[:, prefix:])], name)

@@ -3,16 +3,17 @@
 Needs the `interop` extra; skipped without it.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from tests.weights.forward import channels_last, forward
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from ultradino_jax.weights.load import load_backbone_file  # noqa: E402
+from ultradino_jax.weights.load import load_backbone  # noqa: E402
 
+TINY = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
 SMALL = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6)
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
 
@@ -36,9 +37,8 @@ def randomised(model, seed):
 
 def both(folder, model, sizes, channels):
     model.save_pretrained(folder)
-    backbone = load_backbone_file(folder)
+    backbone = load_backbone(folder)
     rng = np.random.default_rng(5)
-    apply = jax.jit(backbone.model.apply, static_argnames=("layers",))
     for side in sizes:
         images = rng.normal(size=(2, channels, side, side)).astype(np.float32)
         with torch.no_grad():
@@ -47,11 +47,7 @@ def both(folder, model, sizes, channels):
             )
             hidden = torch.stack(out.hidden_states[-4:])
             theirs = model.layernorm(hidden).numpy()
-        ours = apply(
-            {"params": backbone.params},
-            jnp.asarray(images.transpose(0, 2, 3, 1)),
-            layers=(-4, -3, -2, -1),
-        )
+        ours = forward(backbone, channels_last(images), layers=(-4, -3, -2, -1))
         first = 1 + backbone.model.num_registers
         last = out.last_hidden_state.numpy()
         yield f"CLS at {side}", ours.cls_token, last[:, 0]
@@ -59,16 +55,23 @@ def both(folder, model, sizes, channels):
         yield f"last 4 at {side}", ours.layers, theirs
 
 
+RESIZED = dict(patch_size=14, image_size=518)
+GREY = dict(patch_size=16, num_channels=1)
+
+
 @pytest.mark.parametrize(
     "name, config, sizes",
     [
-        ("vits16_grey", SMALL | dict(patch_size=16, num_channels=1), (224, 96)),
-        ("vitb14_reg4", BASE | dict(patch_size=14, image_size=518), (224,)),
-        ("vits14", SMALL | dict(patch_size=14, image_size=518), (224,)),
+        ("reg4_grey", TINY | GREY, (224, 96)),
+        ("reg4", TINY | RESIZED, (224,)),
+        ("plain", TINY | RESIZED, (224,)),
+        pytest.param("s_reg4_grey", SMALL | GREY, (224, 96), marks=pytest.mark.slow),
+        pytest.param("b_reg4", BASE | RESIZED, (224,), marks=pytest.mark.slow),
+        pytest.param("s_plain", SMALL | RESIZED, (224,), marks=pytest.mark.slow),
     ],
 )
 def test_random_torch_weights_give_transformers_features(tmp_path, name, config, sizes):
-    if name == "vits14":
+    if name.endswith("plain"):
         model = transformers.Dinov2Model(transformers.Dinov2Config(**config))
     else:
         model = transformers.Dinov2WithRegistersModel(

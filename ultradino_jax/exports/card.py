@@ -1,81 +1,8 @@
 """The README of an export: a model card filled from the run."""
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.exports.format import Format
 
-_USE = {
-    "hf": """```python
-from transformers import AutoImageProcessor, {cls}
-
-model = {cls}.from_pretrained("FOLDER")
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-inputs = processor(images, return_tensors="pt")  # {images}
-tokens = model(**inputs).last_hidden_state
-cls, patches = tokens[:, 0], tokens[:, {first}:]
-```""",
-    "timm": """```python
-import timm
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True)
-tokens = model.forward_features(images)  # float32 [B,{c},{s},{s}], normalised
-cls, patches = tokens[:, 0], tokens[:, {first}:]
-```
-
-Older versions of timm: `timm.create_model("{architecture}", checkpoint_path=
-"FOLDER/model.safetensors", **model_args)` with `model_args` of config.json.""",
-    "meta": """`teacher_checkpoint.pth` is what DINOv2 and UltraDINO training saves:
-`torch.load(..)["teacher"]` holds `backbone.*` (and `dino_head.*` when heads were
-exported), for `DinoVisionTransformer` with `img_size={s}, patch_size={p},
-in_chans={c}, num_register_tokens={r}, block_chunks=0`.""",
-    "onnx": """```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-cls, patches = session.run(["cls", "patch"], {{"pixel_values": images}})
-# images: float32 [B,{c},{s},{s}], any B, normalised as below
-```""",
-    "safetensors": """```python
-from ultradino_jax.weights.load import load_backbone_file
-
-backbone = load_backbone_file("FOLDER")
-```""",
-}
-
-
-_TASK_USE = {
-    ("classifier", "hf"): """```python
-from transformers import AutoImageProcessor, {cls}
-
-model = {cls}.from_pretrained("FOLDER")
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-inputs = processor(images, return_tensors="pt")  # {images}
-probabilities = model(**inputs).logits.softmax(-1)
-names = model.config.id2label
-```""",
-    ("classifier", "onnx"): """```python
-import json
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-(probabilities,) = session.run(["probabilities"], {{"pixel_values": images}})
-names = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-# images: float32 [B,{c},{s},{s}], any B, normalised as below; there are "logits" too
-```""",
-    ("segmenter", "onnx"): """```python
-import json
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-(mask,) = session.run(["mask"], {{"pixel_values": images}})  # uint8 [B,{s},{s}]
-names = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-# images: float32 [B,{c},{s},{s}], any B, normalised as below; there are "logits" too
-```""",
-    "own": """```python
-from ultradino_jax.exports.tasks import load_task, task_logits
-
-model = load_task("FOLDER")
-logits = task_logits(model, images)  # float32 [B,{s},{s},{c}], normalised as below
-```""",
-}
 _TAGS = {
     "backbone": "image-feature-extraction",
     "classifier": "image-classification",
@@ -84,11 +11,12 @@ _TAGS = {
 
 
 def model_card(
-    kind: str, backbone: Backbone, facts: dict, report: dict, licence: str
+    form: Format, backbone: Backbone, facts: dict, report: dict, licence: str
 ) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
-    facts: of `run.run_facts`. report: of `export.export`. licence: an SPDX id, or ''.
+    facts: of `heads.run_facts`. report: of `checked.export`. licence: an SPDX id, or
+    ''.
     """
     model = backbone.model
     what = (
@@ -98,25 +26,24 @@ def model_card(
     )
     name = "Dinov2WithRegistersModel" if model.num_registers else "Dinov2Model"
     sections = {
-        "Use": _use(_USE[kind], backbone, name) + "\n\n" + _input(backbone),
+        "Use": _use(form.usage["backbone"], backbone, name) + "\n\n" + _input(backbone),
         "Training": _training(facts),
         "Checks": _checks(report, "Features agree"),
         "Intended use and limits": _RESEARCH_FEATURES + _LIMITS,
     }
-    return _card(kind, report, backbone.name, what, sections, licence)
+    return _card(form, report, backbone.name, what, sections, licence)
 
 
-def task_card(kind: str, task, facts: dict, report: dict, licence: str) -> str:
+def task_card(form: Format, task, facts: dict, report: dict, licence: str) -> str:
     """The card of a Classifier or Segmenter; facts: of `trained.load_trained`."""
     backbone, which = task.backbone, report["kind"]
     registers = getattr(getattr(backbone, "model", None), "num_registers", 0)
     head = "Dinov2WithRegisters" if registers else "Dinov2"
-    use = _TASK_USE.get((which, kind), _TASK_USE["own"])
     names = "\n".join(f"{i}. {name}" for i, name in enumerate(task.classes))
     verb = "sorts" if which == "classifier" else "outlines the structures of"
     sections = {
         "Classes": names,
-        "Use": _use(use, backbone, f"{head}ForImageClassification")
+        "Use": _use(form.usage[which], backbone, f"{head}ForImageClassification")
         + "\n\n"
         + _input(backbone, getattr(task, "letterbox", False)),
         "Training": _evaluation(facts),
@@ -124,7 +51,7 @@ def task_card(kind: str, task, facts: dict, report: dict, licence: str) -> str:
         "Intended use and limits": _RESEARCH_TASK + _LIMITS,
     }
     what = f"A {which} that {verb} an ultrasound image, on {backbone.name}."
-    return _card(kind, report, f"{backbone.name} {which}", what, sections, licence)
+    return _card(form, report, f"{backbone.name} {which}", what, sections, licence)
 
 
 _LIMITS = """ Not a medical device; not for diagnosis or
@@ -135,8 +62,8 @@ segmenters and retrieval that are validated on the data they are used on."""
 _RESEARCH_TASK = "Research on ultrasound images of the kind it was trained on."
 
 
-def _card(kind, report, title, what, sections, licence) -> str:
-    library = {"hf": "transformers", "timm": "timm", "onnx": "onnx"}.get(kind)
+def _card(form: Format, report, title, what, sections, licence) -> str:
+    library = form.hub_library
     front = [
         f"license: {licence or 'other'}",
         *([f"library_name: {library}"] if library else []),

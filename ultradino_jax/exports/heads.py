@@ -1,6 +1,5 @@
 """What a training run left beside its exported backbone: facts, and the heads."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -8,8 +7,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ultradino_jax.errors import UserError
+from ultradino_jax.jsonl import read_rows
 from ultradino_jax.weights.files import read_weights
 from ultradino_jax.weights.meta import dino_head_params
+from ultradino_jax.whole import read_json
 
 
 def find_run(checkpoint: str | Path) -> Path | None:
@@ -23,7 +24,7 @@ def find_run(checkpoint: str | Path) -> Path | None:
 
 def _exported_step(run: Path) -> int | None:
     record = run / "backbone" / "backbone.json"
-    return json.loads(record.read_text()).get("step") if record.is_file() else None
+    return read_json(record).get("step") if record.is_file() else None
 
 
 def run_facts(checkpoint: str | Path) -> dict:
@@ -35,16 +36,15 @@ def run_facts(checkpoint: str | Path) -> dict:
     run = find_run(checkpoint)
     if run is None:
         return {}
-    facts: dict = {"config": json.loads((run / "config.json").read_text())}
+    facts: dict = {"config": read_json(run / "config.json")}
     step = facts["step"] = _exported_step(run)
     meta = run / "checkpoints" / str(step) / "meta" / "metadata"
     if meta.is_file():
-        facts["images"] = json.loads(meta.read_text())["stream"]["records"]
-    metrics = run / "metrics.jsonl"
-    if metrics.is_file():
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        lines = [line for line in lines if step is None or line["step"] < step]
-        facts["metrics"] = lines[-1] if lines else {}
+        facts["images"] = read_json(meta)["stream"]["records"]
+    lines = read_rows(run / "metrics.jsonl")
+    lines = [line for line in lines if step is None or line["step"] < step]
+    if lines:
+        facts["metrics"] = lines[-1]
     return facts
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.errors import MissingPackage
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.weights.load import with_image_size
 from ultradino_jax.weights.meta import vit_state
@@ -20,11 +21,11 @@ IR_VERSION = 8  # what readers of opset 17 know
 
 
 def import_onnx():
-    """The onnx module. Raises ImportError naming the extra that brings it."""
+    """The onnx module. Raises MissingPackage naming the extra that brings it."""
     try:
         import onnx
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "ONNX export needs onnx: pip install -e '.[interop]'"
         ) from error
     return onnx
@@ -219,7 +220,7 @@ def vit_onnx(
     returns {output name: shape}, which are then the outputs instead. metadata: strings
     to keep beside mean and std.
 
-    Raises ImportError without onnx, TypeError for a model that is not a ViT.
+    Raises MissingPackage without onnx, TypeError for a model that is not a ViT.
     """
     if not isinstance(backbone.model, ViT):
         raise TypeError(f"{backbone.name}: only a ViT can be written as ONNX")

@@ -19,7 +19,7 @@ from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.objective import Modules, Objective
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
-from ultradino_jax.weights.load import load_backbone_file
+from ultradino_jax.weights.load import load_backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def load_start(config: ConfigDict) -> Backbone | None:
     """
     if not config.init_from:
         return None
-    start = load_backbone_file(
+    start = load_backbone(
         config.init_from,
         image_size=config.crops.global_size,
         channels=config.data.channels,

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - gives NumPy the bfloat16 that files may hold
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from ultradino_jax.errors import UserError
-from ultradino_jax.weights.safetensors import read_safetensors
+from ultradino_jax.errors import MissingPackage, UserError
+from ultradino_jax.whole import read_json
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # What a folder's weights are called: Hugging Face and ours, older Hugging Face, Meta.
@@ -28,7 +31,7 @@ class WeightFile:
     tensors: name -> array, floating point as float32. heads: 'dino_head.*' and
     'ibot_head.*' of a training checkpoint, without interpretation. config, processor:
     a Hugging Face folder's config.json and preprocessor_config.json. record: this
-    project's own description , where a file carries it. ignored: names
+    project's own description, where a file carries it. ignored: names
     left out because they belong to training, not to the backbone.
     """
 
@@ -44,9 +47,9 @@ def read_weights(path: str | Path) -> WeightFile:
     """Read a .pth, .pt, .bin, .ckpt or .safetensors file, or a folder with one.
 
     Nothing in a file is ever executed. Raises FileNotFoundError when there is nothing,
-    ImportError naming the extra when a pickle needs torch, and UserError with one line
-    when the file is a git-lfs pointer, cut short, not a checkpoint, or a pickle that
-    wants to call something.
+    MissingPackage naming the extra when a pickle needs torch, and UserError with one
+    line when the file is a git-lfs pointer, cut short, not a checkpoint, or a pickle
+    that wants to call something.
     """
     path = Path(path)
     if path.is_dir():
@@ -60,24 +63,63 @@ def read_weights(path: str | Path) -> WeightFile:
             f"{path} is a git-lfs pointer, not the weights: fetch them with "
             "'git lfs pull'"
         )
-    try:
-        if path.suffix == ".safetensors":
-            tensors, metadata = read_safetensors(path)
-            record = metadata.get(RECORD_KEY)
-            return _split(tensors, json.loads(record) if record else None)
-        if path.suffix in TORCH_SUFFIXES:
-            return _split(*_unwrap(_torch_load(path)))
+    if path.suffix == ".safetensors":
+        return _split(*read_safetensors(path))
+    if path.suffix not in TORCH_SUFFIXES:
         known = ", ".join((*TORCH_SUFFIXES, ".safetensors"))
-        raise UserError(f"unknown kind of file {path.suffix!r}; known: {known}")
+        raise UserError(f"{path}: unknown kind of file {path.suffix!r}; known: {known}")
+    torch = import_torch()
+    try:
+        return _split(*_unwrap(_torch_load(torch, path)))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict | None]:
+    """(tensors by name, this project's record of an export or None) of a file.
+
+    Raises FileNotFoundError, and UserError naming the file when it is cut short, not of
+    this format, or holds a dtype that NumPy lacks.
+    """
+    name, tensors = "header", {}
+    try:
+        with safe_open(path, framework="np") as file:
+            record = (file.metadata() or {}).get(RECORD_KEY)
+            for name in sorted(file.keys()):
+                tensors[name] = file.get_tensor(name)
+    except SafetensorError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{path}: damaged, cut short or not a safetensors file ({reason})"
+        ) from error
+    except (AttributeError, TypeError) as error:  # as the package asks NumPy for it
+        raise UserError(f"{path}: {name}: dtype not supported ({error})") from error
+    try:
+        return tensors, json.loads(record) if record else None
+    except ValueError as error:
+        raise UserError(f"{path}: its record is no JSON: {error}") from error
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays and string metadata.
+
+    The package orders tensors by itself, always alike, and metadata as it comes.
+    """
+    # It takes an array's memory as it lies, so a transposed one has to be copied.
+    arrays = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    save_file(arrays, path, dict(metadata) or None)
 
 
 def _read_folder(folder: Path) -> WeightFile:
     """A Hugging Face folder, or one of this project's exports."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} has no weight_map of file names") from error
     else:
         shards = [name for name in _FOLDER_FILES if (folder / name).is_file()][:1]
     if not shards:
@@ -87,38 +129,32 @@ def _read_folder(folder: Path) -> WeightFile:
             f"which holds {found}"
         )
     parts = [read_weights(folder / name) for name in shards]
-    read = {}
-    for name in ("config.json", "preprocessor_config.json"):
-        try:
-            is_there = (folder / name).is_file()
-            read[name] = json.loads((folder / name).read_text()) if is_there else None
-        except ValueError as error:
-            raise UserError(f"{folder / name} is not JSON: {error}") from error
+    jsons = [folder / name for name in ("config.json", "preprocessor_config.json")]
+    config, processor = (read_json(p) if p.is_file() else None for p in jsons)
     tensors = {k: x for part in parts for k, x in part.tensors.items()}
     return WeightFile(
         tensors=tensors,
         heads=parts[0].heads,
-        config=read["config.json"],
-        processor=read["preprocessor_config.json"],
+        config=config,
+        processor=processor,
         record=parts[0].record,
         ignored=tuple(name for part in parts for name in part.ignored),
     )
 
 
 def import_torch():
-    """The torch module. Raises ImportError naming the extra that brings it."""
+    """The torch module. Raises MissingPackage naming the extra that brings it."""
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "reading or writing torch files needs torch: pip install "
             "-e '.[interop]' in the repository (.safetensors needs nothing)"
         ) from error
     return torch
 
 
-def _torch_load(path: Path) -> Any:
-    torch = import_torch()
+def _torch_load(torch, path: Path) -> Any:
     serialization = torch.serialization
     try:
         # iBOT keeps its command line beside the weights: a plain record of values.
@@ -181,7 +217,7 @@ def _split(tensors: Mapping[str, np.ndarray], record: dict | None) -> WeightFile
         for prefix in ("_orig_mod.", "module."):  # torch.compile, DataParallel
             name = name.replace(prefix, "")
         floating = np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16"
-        state[name] = x.astype(np.float32) if floating else x
+        state[name] = x.astype(np.float32, copy=False) if floating else x
     ignored = []
     if any(name.startswith("teacher.") for name in state):
         ignored = [name for name in state if not name.startswith("teacher.")]

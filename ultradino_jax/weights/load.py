@@ -7,55 +7,67 @@ files. The family is told from the tensor names. Every tensor is placed, or name
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 
-from ultradino_jax.backbone import Backbone, load_backbone
+from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
-from ultradino_jax.models.pos_embed import interpolate_pos_embed
-from ultradino_jax.models.usfm import USFM, resize_table
 from ultradino_jax.models.vit import VARIANTS
-from ultradino_jax.weights.families import backbone_from_tensors
+from ultradino_jax.weights.families import backbone_from_tensors, family_of_model
 from ultradino_jax.weights.files import read_weights
+from ultradino_jax.weights.own import (
+    backbone_from_flat,
+    is_flat,
+    own_folder,
+    read_backbone,
+)
 
 
-def load_backbone_file(
+def load_backbone(
     path: str | Path,
     *,
     arch: str | None = None,
     image_size: int | None = None,
     channels: int | None = None,
 ) -> Backbone:
-    """Read a checkpoint of any known kind.
+    """Read a checkpoint of any known kind: the one door to a backbone.
 
-    path: a .pth/.pt/.bin/.ckpt/.safetensors file, a Hugging Face folder, an export or a
-    run of this project. arch: 'tiny', 'small', 'base' or 'large', checked against the
-    file (None trusts it). image_size: side in pixels the model is to be used at, None
-    for the native one; see `with_image_size`. channels: C wanted, None for the file's;
-    see `with_channels`.
+    path: the workdir of a run, a backbone's folder, an export, a Hugging Face folder,
+    or a .pth/.pt/.bin/.ckpt/.safetensors file. arch: 'tiny', 'small', 'base' or
+    'large', checked against the file. image_size: side in pixels the model is to be
+    used at; see `with_image_size`. channels: C wanted; see `with_channels`. What is
+    None, empty or 0 is taken from the file.
 
-    Raises FileNotFoundError, ImportError (torch is missing for a pickle) or UserError
-    with one line that names the file and what is wrong: the missing and the unexpected
-    tensors of a partial fit, wrong shapes, another architecture, a damaged file.
+    Raises FileNotFoundError, MissingPackage (torch for a pickle) or UserError with one
+    line that names the file and what is wrong: the missing and the unexpected tensors
+    of a partial fit, wrong shapes, another architecture, a damaged file.
     """
+    if not os.fspath(path):
+        raise UserError("the name of the checkpoint is empty")
     path = Path(path)
-    if arch is not None and arch not in VARIANTS:
+    if arch and arch not in VARIANTS:
         raise UserError(
             f"unknown ViT variant {arch!r}; choose one of {', '.join(VARIANTS)}"
         )
-    if any((folder / "params").is_dir() for folder in (path, path / "backbone")):
-        backbone = load_backbone(path)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    if own_folder(path) is not None:
+        backbone = read_backbone(path)
     else:
         file = read_weights(path)
         try:
-            backbone = backbone_from_tensors(file, arch=arch, source=str(path))
+            if is_flat(file):
+                backbone = backbone_from_flat(file, str(path))
+            else:
+                backbone = backbone_from_tensors(file, source=str(path))
+        except KeyError as error:
+            raise UserError(f"{path}: its record lacks {error}") from error
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
     found = (backbone.model.embed_dim, backbone.model.depth)
-    if arch is not None and found != VARIANTS[arch][:2]:
+    if arch and found != VARIANTS[arch][:2]:
         width, depth = VARIANTS[arch][:2]
         raise UserError(
             f"{path}: not a {arch!r} model: it is {found[0]} wide with {found[1]} "
@@ -113,21 +125,9 @@ def with_image_size(backbone: Backbone, image_size: int) -> Backbone:
             f"{backbone.name}: image size {image_size} is not a multiple of the patch "
             f"size {p}"
         )
-    window, grid = 2 * (model.image_size // p,), 2 * (image_size // p,)
-    if window != grid and isinstance(model, USFM):
-        blocks = params["blocks"]
-        tables = jnp.asarray(blocks["attn"]["rel_pos_table"])
-        tables = jax.vmap(lambda table: resize_table(table, window, grid))(tables)
-        attn = {**blocks["attn"], "rel_pos_table": tables}
-        params = {**params, "blocks": {**blocks, "attn": attn}}
-    elif window != grid:
-        pos_embed = interpolate_pos_embed(
-            params["pos_embed"],
-            grid,
-            offset=model.pos_offset,
-            antialias=model.pos_antialias,
-        )
-        params = {**params, "pos_embed": pos_embed}
+    side = image_size // p
+    if side != model.image_size // p:
+        params = family_of_model(model).resize(model, params, (side, side))
     return dataclasses.replace(
         backbone,
         model=model.clone(image_size=image_size),

@@ -1,12 +1,17 @@
-"""USFM checkpoints (BEiT naming) -> parameters of models/usfm.py."""
+"""USFM checkpoints (BEiT naming) -> models/usfm.py and its parameters."""
 
 import re
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from ultradino_jax.errors import UserError
+from ultradino_jax.models.usfm import USFM, resize_table
+from ultradino_jax.weights.family import Family, Found
+from ultradino_jax.weights.files import WeightFile
 from ultradino_jax.weights.meta import (
     BLOCK_NAMES,
     StateDict,
@@ -111,3 +116,28 @@ def usfm_params(state: StateDict) -> tuple[dict, dict[str, int], list[str]]:
         "channels": channels,
     }
     return nest(flat), sizes, ignored
+
+
+def _read(file: WeightFile, num_heads: int | None = None) -> Found:
+    """`Family.read`; the tensors tell the number of heads, too."""
+    params, sizes, ignored = usfm_params(file.tensors)
+    channels = sizes.pop("channels")
+    return Found("usfm", USFM(**sizes), params, channels, ignored)
+
+
+def _resize(model: USFM, params: dict, grid: tuple[int, int]) -> dict:
+    """`Family.resize`: each block's bias table, cubic."""
+    side = model.image_size // model.patch_size
+    blocks = params["blocks"]
+    tables = jnp.asarray(blocks["attn"]["rel_pos_table"])
+    tables = jax.vmap(lambda table: resize_table(table, (side, side), grid))(tables)
+    attn = {**blocks["attn"], "rel_pos_table": tables}
+    return {**params, "blocks": {**blocks, "attn": attn}}
+
+
+FAMILY = Family(
+    marks=(r"relative_position_bias_table|attn\.q_bias",),
+    read=_read,
+    model=USFM,
+    resize=_resize,
+)

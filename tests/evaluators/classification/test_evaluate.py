@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 from configs.fetal_planes import get_config
-from ultradino_jax.backbone import Backbone, load_backbone, save_backbone
+from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.data.datasets.open import load_dataset
 from ultradino_jax.data.phantom.layouts import write_african, write_fetal_planes
@@ -24,10 +24,10 @@ from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.evaluators.classification.classifier import load_classifier
 from ultradino_jax.evaluators.classification.compare import compare, main, read_entry
 from ultradino_jax.evaluators.classification.evaluate import evaluate
-from ultradino_jax.evaluators.load import load_any_backbone
 from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.prepare import prepare
+from ultradino_jax.weights.load import load_backbone
 
 tfds.disable_progress_bar()
 ROOT = Path(__file__).parents[3]
@@ -281,7 +281,7 @@ def test_parameters_of_another_architecture_name_both_shapes(place, tmp_path):
     record["model"]["embed_dim"] = 24
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"shape: \(.*\).* stored shape: \(.*\)\.$"):
-        load_any_backbone(tmp_path / "run")
+        load_backbone(tmp_path / "run")
 
 
 def test_external_classes_must_be_known(place, tmp_path):

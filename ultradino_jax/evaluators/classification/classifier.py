@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, load_backbone, save_backbone
+from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess, probe_tokens
-from ultradino_jax.evaluators.load import load_any_backbone
+from ultradino_jax.weights.load import load_backbone
+from ultradino_jax.weights.own import read_backbone
 
 RECORD = "classifier.json"
 FOLDER = "classifier"
@@ -123,7 +124,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     record = json.loads((folder / RECORD).read_text())
     wanted = record["backbone"]
     if wanted["checkpoint"] is None:
-        backbone = load_backbone(folder / "backbone")
+        backbone = read_backbone(folder / "backbone")
     elif not Path(wanted["checkpoint"]).exists():
         raise FileNotFoundError(
             f"the backbone of {str(folder)!r} is no longer at "
@@ -131,7 +132,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         )
     else:
         sizes = {k: wanted[k] for k in ("image_size", "channels")}
-        backbone = load_any_backbone(wanted["checkpoint"], **sizes)
+        backbone = load_backbone(wanted["checkpoint"], **sizes)
     if backbone.digest != wanted["digest"]:
         raise UserError(
             f"{str(folder)!r} was trained on a backbone of digest "

@@ -1,16 +1,16 @@
-"""Other libraries' names for a DINOv2-style ViT <-> the naming of meta.py.
+"""transformers' naming of a DINOv2-style ViT <-> the reference naming of meta.py."""
 
-Each family has `to_` (from the reference naming, what an export writes) and `from_`.
-Strictness comes from running `to_` on the expected shapes: what it yields is exactly
-the list of tensors that a file of that family must hold.
-"""
-
+import functools
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
 from ultradino_jax.errors import UserError
+from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.family import Family
 from ultradino_jax.weights.meta import StateDict
+from ultradino_jax.weights.vit import Naming, read_vit, resize_vit
 
 # Renamings transformers -> reference, in the names of its saved files (those of version
 # 4, which version 5 still writes).
@@ -103,60 +103,35 @@ def to_hf(state: StateDict) -> dict[str, np.ndarray]:
     return out
 
 
-def from_timm(state: StateDict) -> dict[str, np.ndarray]:
-    """timm's VisionTransformer -> reference naming.
-
-    Its models with registers give the class token no position (`no_embed_class`): the
-    class entry of pos_embed is then zero here, which computes the same. timm keeps no
-    mask token; it is zero, as at the start of a pretraining.
-    """
-    out = dict(state)
-    if "reg_token" in out:
-        out["register_tokens"] = out.pop("reg_token")
-    if not positions_include_class(out["pos_embed"].shape):
-        pos = out["pos_embed"]
-        out["pos_embed"] = np.concatenate([np.zeros_like(pos[:, :1]), pos], axis=1)
-    out["mask_token"] = np.zeros_like(out["cls_token"][0])
-    return out
+def _reference_shapes(shapes: Mapping) -> dict:
+    return {hf_to_reference_name(name): shape for name, shape in shapes.items()}
 
 
-def to_timm(state: StateDict, *, class_position: bool) -> dict[str, np.ndarray]:
-    """Reference naming -> timm's, as timm converts DINOv2 itself (`_convert_dinov2`).
-
-    class_position False adds the class token's position to the token and drops it from
-    pos_embed (`no_embed_class=True`, which timm's models with registers need).
-    """
-    out = dict(state)
-    out.pop("mask_token", None)
-    if "register_tokens" in out:
-        out["reg_token"] = out.pop("register_tokens")
-    if not class_position:
-        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
-        out["pos_embed"] = out["pos_embed"][:, 1:]
-    return out
+def _expected(reference: StateDict, shapes: Mapping) -> dict[str, np.ndarray]:
+    return to_hf(reference)
 
 
-def positions_include_class(shape: tuple[int, ...]) -> bool:
-    """Whether pos_embed [1,M,D] holds 1 + a square number of entries.
-
-    Raises UserError when M is neither that nor a square.
-    """
-    for has_class in (True, False):
-        count = shape[1] - has_class
-        if round(count**0.5) ** 2 == count:
-            return has_class
-    raise UserError(f"pos_embed {list(shape)} is no square grid of patches")
+def _sizes(config: dict) -> dict[str, int]:
+    if config.get("use_swiglu_ffn"):
+        raise UserError("a SwiGLU feed-forward (ViT-g) is not supported")
+    names = {"depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    if absent := [name for name in names.values() if name not in config]:
+        raise UserError(f"its config.json lacks {' and '.join(absent)}")
+    return {ours: config[theirs] for ours, theirs in names.items()}
 
 
-def from_ibot(state: StateDict) -> dict[str, np.ndarray]:
-    """iBOT's VisionTransformer (also timm's without LayerScale) -> reference naming.
-
-    The published backbones have neither LayerScale nor a mask token; the pretraining
-    variant calls them gamma_1, gamma_2 and masked_embed.
-    """
-    out = {re.sub(r"\.gamma_(\d)$", r".ls\1.gamma", k): x for k, x in state.items()}
-    if "masked_embed" in out:
-        out["mask_token"] = out.pop("masked_embed")
-    elif "cls_token" in out:
-        out.setdefault("mask_token", np.zeros_like(out["cls_token"][0]))
-    return out
+_NAMING = Naming(
+    "dinov2",
+    {False: (0.0, False), True: (0.0, True)},
+    tidy=hf_file_names,
+    shapes=_reference_shapes,
+    expected=_expected,
+    to_reference=from_hf,
+    sizes=_sizes,
+)
+FAMILY = Family(
+    marks=(r"(^|\.)embeddings\.",),
+    read=functools.partial(read_vit, _NAMING),
+    model=ViT,
+    resize=resize_vit,
+)

@@ -1,0 +1,108 @@
+"""This project's own backbones: Orbax folders, and flat files with a record."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from ultradino_jax.backbone import Backbone
+from ultradino_jax.errors import UserError
+from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.families import MODELS
+from ultradino_jax.weights.files import WeightFile
+from ultradino_jax.weights.meta import check_placement, nest
+from ultradino_jax.whole import read_json
+
+RECORD = "backbone.json"
+
+
+def record_to_backbone(record: dict, params, source: str) -> Backbone:
+    """The inverse of `backbone.backbone_record`, given the parameters.
+
+    Raises UserError, starting with `source`, for an unknown model class and for a
+    record that does not say everything.
+    """
+    try:
+        name = record.get("class", "ViT")
+        if name not in MODELS:
+            raise UserError(f"{source}: unknown model class {name!r} in its record")
+        fields = {**record["model"], "dtype": jnp.dtype(record["model"]["dtype"])}
+        return Backbone(
+            model=MODELS[name](**fields),
+            params=params,
+            image_size=record["image_size"],
+            channels=record["channels"],
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            name=record["name"],
+            source=source,
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source}: its record is damaged: {error}") from error
+
+
+def own_folder(path: str | Path) -> Path | None:
+    """Where `path`, a backbone's folder or a run's workdir, holds a backbone.json."""
+    path = Path(path).absolute()
+    places = (path, path / "backbone")
+    return next((place for place in places if (place / RECORD).is_file()), None)
+
+
+def read_backbone(path: str | Path) -> Backbone:
+    """Read a backbone written by `save_backbone`, or a run's newest export.
+
+    `path` is the backbone's folder or the workdir of a run. Raises FileNotFoundError
+    naming the path when neither holds a `backbone.json`, and UserError when the
+    stored parameters do not fit the stored architecture.
+    """
+    folder = own_folder(path)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no {RECORD} in {str(path)!r} or its folder 'backbone'"
+        )
+    backbone = record_to_backbone(read_json(folder / RECORD), None, str(folder))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        _abstract_params(backbone),
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder / "params", target)
+    except ValueError as error:
+        reason = str(error).split("Truncating")[0].split("If this")[0]
+        raise UserError(
+            f"{folder}: the parameters are not of the architecture that its "
+            f"{RECORD} names: {' '.join(reason.split())}"
+        ) from error
+    return dataclasses.replace(backbone, params=params)
+
+
+def is_flat(file: WeightFile) -> bool:
+    """Whether a file has this project's own names."""
+    return file.record is not None and file.record.get("naming") == "own"
+
+
+def backbone_from_flat(file: WeightFile, source: str) -> Backbone:
+    """A flat file: parameter paths as names, the record in its header.
+
+    Raises UserError for a classifier or segmenter, and when the tensors are not those
+    of the record's architecture.
+    """
+    assert file.record is not None
+    kind = file.record["format"].removeprefix("ultradino_")
+    if kind != "backbone":
+        raise UserError(f"holds a {kind}; exports.formats.load_task reads it")
+    params = jax.tree.map(jnp.asarray, nest(file.tensors))
+    backbone = record_to_backbone(file.record, params, source)
+    shapes = {k: x.shape for k, x in flat_names(_abstract_params(backbone)).items()}
+    check_placement(file.tensors, shapes)
+    return backbone
+
+
+def _abstract_params(backbone: Backbone):
+    side = backbone.image_size
+    images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)
+    return jax.eval_shape(backbone.model.init, jax.random.key(0), images)["params"]
