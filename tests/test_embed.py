@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import json
 
 import cv2
@@ -6,8 +8,9 @@ import numpy as np
 import pytest
 
 import ultradino_jax.embed as embedding
-from tests.exports.test_backbones import backbone
+from tests.exports.tiny import backbone
 from ultradino_jax.backbone import save_backbone
+from ultradino_jax.cli import command
 from ultradino_jax.embed import embed, main
 
 RNG = np.random.default_rng(0)
@@ -28,6 +31,7 @@ def job(tmp_path, monkeypatch):
     return tmp_path / "model", folder
 
 
+@functools.cache
 def expected():
     """The model applied to the images by hand, in file order."""
     ours = backbone()
@@ -84,7 +88,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_file(job, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         embed(checkpoint, folder, out, batch_size=4)
     assert not out.exists()
-    with pytest.raises(ValueError, match="parts made with other tokens"):
+    with pytest.raises(ValueError, match=r"parts with other settings \(tokens: "):
         embed(checkpoint, folder, out, tokens=("cls",), batch_size=4)
     later = []
     monkeypatch.setattr(
@@ -102,7 +106,7 @@ def test_command_line_and_bad_input(job, tmp_path, capsys):
     checkpoint, folder = map(str, job)
     out = str(tmp_path / "features.npz")
     flags = ["--checkpoint", checkpoint, "--input", folder, "--batch-size", "4"]
-    main([*flags, "--out", out, "--tokens", "mean"])
+    command(main, [*flags, "--out", out, "--tokens", "mean"])
     printed = capsys.readouterr().out
     assert "features of 10 images" in printed and "1 could not be read" in printed
     other = str(tmp_path / "other.npz")
@@ -112,17 +116,19 @@ def test_command_line_and_bad_input(job, tmp_path, capsys):
         (["--out", str(tmp_path / "no" / "x.npz")], "folder .*no' does not exist"),
         (["--out", other, "--tokens", "cls,registers"], "one or more of cls, mean"),
         (["--out", other, "--input", "nowhere"], "image folder 'nowhere' does not"),
-        (["--out", other, "--checkpoint", "nowhere"], "no checkpoint at 'nowhere'"),
+        (["--out", other, "--checkpoint", "nowhere"], "checkpoint 'nowhere' does not"),
         (["--out", other, "--image-size", "50"], "50 is not a multiple"),
+        (["--out", other, "--batch-size", "0"], "it must be 1 or more"),
     ]:
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            main([*flags, *change])
+            command(main, [*flags, *change])
 
 
 def test_not_finite_features_are_refused(tmp_path, job):
     _, folder = job
-    damaged = backbone()
-    damaged.params["norm"]["scale"] = damaged.params["norm"]["scale"].at[3].set(np.nan)
+    params = backbone().params
+    norm = {**params["norm"], "scale": params["norm"]["scale"].at[3].set(np.nan)}
+    damaged = dataclasses.replace(backbone(), params={**params, "norm": norm})
     save_backbone(tmp_path / "damaged", damaged)
     with pytest.raises(ValueError, match="'a/0.png' to 'a/2.png' are not finite"):
         embed(tmp_path / "damaged", folder, tmp_path / "f.npz", batch_size=4)

@@ -3,16 +3,16 @@
     python -m ultradino_jax.embed --checkpoint runs/vitb --input IMAGES \
         --out features.npz --tokens cls,mean
 
-`--checkpoint` takes a run or any file that `interop.load.load_backbone_file` reads,
+`--checkpoint` takes a run or whatever `weights.load.load_backbone` reads,
 `--input` a folder of images (searched recursively) or a prepared cache. Run it again
 after an interruption and it goes on where it stopped.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +21,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.claim import claim
+from ultradino_jax.cli import command
 from ultradino_jax.data.sources import BadImage, open_source
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import MissingPackage, UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
-from ultradino_jax.weights.load import load_backbone_file
+from ultradino_jax.sharding import row_sharding
+from ultradino_jax.weights.load import load_backbone
+from ultradino_jax.whole import whole_file
 
 TOKENS = ("cls", "mean", "patch")
 SUFFIXES = (".npz", ".parquet")
@@ -60,22 +63,21 @@ def embed(
     FileExistsError when `out` exists; FileNotFoundError for what is missing.
     """
     out = Path(out)
-    _check_arguments(out, tokens)
-    backbone = load_backbone_file(checkpoint, image_size=image_size)
+    _check_arguments(out, tokens, batch_size)
+    backbone = load_backbone(checkpoint, image_size=image_size)
     if not os.fspath(images):
         raise UserError("the name of the image folder is empty")
     source = open_source(images, channels=backbone.channels)
     parts = out.with_name(out.name + ".parts")
-    _claim(
-        parts,
-        {
-            "backbone": backbone.digest,
-            "images": source.digest(),
-            "tokens": list(tokens),
-            "image_size": backbone.image_size,
-            "part": PART,
-        },
-    )
+    settings = {
+        "backbone": backbone.digest,
+        "images": source.digest(),
+        "tokens": list(tokens),
+        "image_size": backbone.image_size,
+        "part": PART,
+    }
+    advice = "delete it or choose another --out"
+    claim(parts / "manifest.json", settings, "parts", advice)
     forward = _Forward(backbone, tokens, batch_size)
     starts = range(0, len(source), PART)
     progress = Progress("embed", len(source), unit="img")
@@ -87,21 +89,22 @@ def embed(
         progress.update(stop)
     progress.close()
     files = [parts / f"{start:09d}.npz" for start in starts]
-    temporary = out.with_name(out.name + ".tmp")
     merge = _merge_npz if out.suffix == ".npz" else _merge_parquet
-    counts = merge(files, temporary, tokens)
-    temporary.replace(out)
+    with whole_file(out) as fresh:
+        counts = merge(files, fresh, tokens)
     shutil.rmtree(parts)
     return counts
 
 
-def _check_arguments(out: Path, tokens) -> None:
+def _check_arguments(out: Path, tokens, batch_size: int) -> None:
     unknown = [name for name in tokens if name not in TOKENS]
     if unknown or not tokens or len(set(tokens)) < len(tokens):
         raise UserError(
             f"tokens must be one or more of {', '.join(TOKENS)}, each once, got "
             f"{','.join(tokens)!r}"
         )
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, it must be 1 or more")
     if out.suffix not in SUFFIXES:
         raise UserError(f"{str(out)!r} must end in {' or '.join(SUFFIXES)}")
     if out.suffix == ".parquet":
@@ -112,20 +115,12 @@ def _check_arguments(out: Path, tokens) -> None:
         raise FileNotFoundError(f"folder {str(out.absolute().parent)!r} does not exist")
 
 
-def _claim(parts: Path, settings: dict) -> None:
-    """Start a folder of parts, or make sure that the one there is of this very job."""
-    manifest = parts / "manifest.json"
-    if manifest.is_file():
-        before = json.loads(manifest.read_text())
-        differing = sorted(k for k in settings if before.get(k) != settings[k])
-        if differing:
-            raise UserError(
-                f"{str(parts)!r} holds parts made with other {', '.join(differing)}; "
-                "delete it or choose another --out"
-            )
-        return
-    parts.mkdir(exist_ok=True)
-    manifest.write_text(json.dumps(settings, indent=1) + "\n")
+@functools.partial(jax.jit, static_argnames=("model", "preprocess", "tokens"))
+def _features(model, params, images, preprocess: Preprocess, tokens: tuple[str, ...]):
+    out = model.apply({"params": params}, preprocess.normalise(images))
+    patches = out.patch_tokens
+    found = {"cls": out.cls_token, "mean": patches.mean(1), "patch": patches}
+    return {name: found[name].astype(jnp.float32) for name in tokens}
 
 
 class _Forward:
@@ -134,22 +129,10 @@ class _Forward:
     def __init__(self, backbone: Backbone, tokens, batch_size: int):
         self.preprocess = Preprocess.of(backbone)
         self.batch_size = batch_size
-        model = backbone.model.clone(dtype=jnp.float32)
-        devices = jax.local_devices()
-        devices = devices if batch_size % len(devices) == 0 else devices[:1]
-        mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-        self.by_row = NamedSharding(mesh, PartitionSpec("data"))
-        everywhere = NamedSharding(mesh, PartitionSpec())
+        self.model = backbone.model.clone(dtype=jnp.float32)
+        self.tokens = tuple(tokens)
+        self.by_row, everywhere = row_sharding(batch_size)
         self.params = jax.device_put(backbone.params, everywhere)
-
-        @jax.jit
-        def run(params, images):
-            out = model.apply({"params": params}, self.preprocess.normalise(images))
-            patches = out.patch_tokens
-            found = {"cls": out.cls_token, "mean": patches.mean(1), "patch": patches}
-            return {name: found[name].astype(jnp.float32) for name in tokens}
-
-        self.run = run
 
     def __call__(self, images: list[np.ndarray]) -> dict[str, np.ndarray]:
         """uint8 [S,S,C] each -> {token kind: float32 [n,..]}."""
@@ -158,7 +141,8 @@ class _Forward:
             rows = images[start : start + self.batch_size]
             padding = rows[-1:] * (self.batch_size - len(rows))
             batch = jax.device_put(np.stack(rows + padding), self.by_row)
-            result = jax.device_get(self.run(self.params, batch))
+            args = (self.model, self.params, batch, self.preprocess, self.tokens)
+            result = jax.device_get(_features(*args))
             outputs.append({k: v[: len(rows)] for k, v in result.items()})
         return {k: np.concatenate([x[k] for x in outputs]) for k in outputs[0]}
 
@@ -185,8 +169,7 @@ def _write_part(path: Path, forward: _Forward, source, indices: range) -> None:
                 "the parameters are damaged or overflow"
             )
     bad = {name for name, _ in failed}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as fresh, fresh.open("wb") as file:
         np.savez(
             file,
             ids=np.array([name for name in ids if name not in bad], str),
@@ -194,7 +177,6 @@ def _write_part(path: Path, forward: _Forward, source, indices: range) -> None:
             failed_reason=np.array([reason for _, reason in failed], str),
             **arrays,
         )
-    temporary.replace(path)
 
 
 def _read(files: list[Path], name: str) -> Iterator[np.ndarray]:
@@ -235,7 +217,7 @@ def _import_pyarrow():
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "a .parquet file needs pyarrow: pip install pyarrow, or write .npz"
         ) from error
     return pyarrow
@@ -288,21 +270,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, help="side in pixels; native if left")
     parser.add_argument("--batch-size", type=int, default=64)
     flags = parser.parse_args(argv)
-    try:
-        counts = embed(
-            flags.checkpoint,
-            flags.input,
-            flags.out,
-            tokens=tuple(flags.tokens.split(",")),
-            image_size=flags.image_size,
-            batch_size=flags.batch_size,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    counts = embed(
+        flags.checkpoint,
+        flags.input,
+        flags.out,
+        tokens=tuple(flags.tokens.split(",")),
+        image_size=flags.image_size,
+        batch_size=flags.batch_size,
+    )
     print(f"features of {counts['images']} images in {flags.out}")
     if counts["failed"]:
         print(f"{counts['failed']} could not be read; they are listed in the file")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
