@@ -1,6 +1,7 @@
 """Classifiers and segmenters: what is exported computes the same where it is read."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.exports.tiny import MODEL, backbone, equal_trees, random_params
+from tests.exports.tiny import MODEL, backbone, equal_trees
 from ultradino_jax.cli import command
 from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
@@ -44,18 +45,21 @@ def classifier(layers=1, patch=False, norm=True, model=MODEL, seed=0):
     return Classifier(backbone(model), head, layers, patch, NAMES)
 
 
+@functools.cache
 def segmenter(registers="drop", norm="none"):
     usable = usable_backbone(backbone(), registers)
     model = segmentation_model(usable, 3, norm=norm, head_channels=24)
     images = jnp.zeros((1, 64, 64, 1))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    params = random_params(model, images, seed=4)
-    params = jax.tree.map(lambda x: x * 0.5, params) | {"backbone": usable.params}
-    rng = np.random.default_rng(1)
-    stats = jax.tree.map(  # variances above zero
-        lambda x: jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32),
-        shapes["batch_stats"],
-    )
+
+    def drawn(draw, *limits):
+        return lambda x: draw(*limits, x.shape).astype(np.float32)
+
+    normal = np.random.default_rng(4).normal
+    params = jax.tree.map(drawn(normal, 0, 0.15), shapes["params"])
+    params |= {"backbone": usable.params}
+    uniform = np.random.default_rng(1).uniform  # variances above zero
+    stats = jax.tree.map(drawn(uniform, 0.5, 1.5), shapes["batch_stats"])
     variables = {"params": params, "batch_stats": stats}
     return Segmenter(usable, model, variables, ("background", "head", "symphysis"))
 
@@ -141,7 +145,7 @@ def test_own_file_holds_other_networks(tmp_path):
     model = segmentation_model(network, 3, norm="none", head_channels=0)
     images = jnp.zeros((1, 32, 32, 1))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables = jax.tree.map(lambda x: jnp.ones(x.shape), dict(shapes))
+    variables = jax.tree.map(lambda x: np.ones(x.shape, np.float32), dict(shapes))
     unet = Segmenter(network, model, variables, NAMES)
     write("safetensors", unet, tmp_path)
     again = load_task(tmp_path)

@@ -1,5 +1,6 @@
 """Classifiers and UperNet segmenters as ONNX graphs, on the backbone's graph."""
 
+import functools
 import json
 from collections.abc import Mapping
 
@@ -91,6 +92,7 @@ def _classes(names) -> dict[str, str]:
     return {"classes": json.dumps(list(names), ensure_ascii=False)}
 
 
+@functools.cache
 def _bilinear(size: int, out: int) -> np.ndarray:
     """Weights [out,size] of `models.upernet.resize` along one axis."""
     if size == out:

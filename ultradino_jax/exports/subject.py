@@ -41,14 +41,19 @@ def preprocess_of(subject: Subject) -> Preprocess:
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _apply(model, variables, images):
+def _compiled(model, variables, images):
     return model.apply(variables, images)
+
+
+def _apply(model, variables, images):
+    # From the host, so that where arrays came from does not compile it again.
+    return _compiled(model, jax.tree.map(np.asarray, dict(variables)), images)
 
 
 def our_features(backbone: Backbone, images: np.ndarray):
     """(CLS [B,D], patches [B,N,D]) in float32; images [B,S,S,C], normalised."""
     model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
-    out = _apply(model, {"params": backbone.params}, jnp.asarray(images))
+    out = _apply(model, {"params": backbone.params}, images)
     return np.asarray(out.cls_token), np.asarray(out.patch_tokens)
 
 
@@ -56,7 +61,7 @@ def task_logits(task: Classifier | Segmenter, images: np.ndarray) -> np.ndarray:
     """Normalised float32 [B,S,S,C] -> logits [B,Y], or [B,Y,S,S] of a segmenter."""
     if isinstance(task, Classifier):
         return task.logits(images)
-    logits = _apply(task.model, dict(task.variables), jnp.asarray(images))
+    logits = _apply(task.model, task.variables, images)
     return np.moveaxis(np.asarray(logits), -1, 1)
 
 
