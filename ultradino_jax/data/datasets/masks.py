@@ -184,17 +184,17 @@ def read_mha(data: bytes, where: str) -> np.ndarray:
 
 
 def load_mask_folders(
-    root: str | os.PathLike, *, classes: Sequence[str]
+    path: str | os.PathLike, *, classes: Sequence[str]
 ) -> SegmentedImages:
     """Any set of images and index masks of equal base names.
 
-    ROOT/images and ROOT/masks (or annotations, mask, labels), or the same below
-    ROOT/train[/..], ROOT/val and ROOT/test. A mask may be called NAME_mask. With
-    ROOT/patients.csv (columns id, patient) images are grouped; otherwise each is its
+    PATH/images and PATH/masks (or annotations, mask, labels), or the same below
+    PATH/train[/..], PATH/val and PATH/test. A mask may be called NAME_mask. With
+    PATH/patients.csv (columns id, patient) images are grouped; otherwise each is its
     own patient. classes: names in index order, background first.
     Raises FileNotFoundError or UserError naming what is missing.
     """
-    root = Path(root)
+    root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"folder {str(root)!r} does not exist")
     if len(classes) < 2:
