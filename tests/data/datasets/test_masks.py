@@ -11,9 +11,11 @@ from ultradino_jax.data.datasets.masks import (
     decode_index,
     encode_png,
     load_mask_folders,
+    read_mha,
     remap,
 )
 from ultradino_jax.data.datasets.segmented import make_splits
+from ultradino_jax.data.phantom.layouts import write_mha
 
 
 def test_index_masks_of_any_mode():
@@ -30,6 +32,23 @@ def test_index_masks_of_any_mode():
         decode_index(saved(Image.fromarray(colour)), "m")
     with pytest.raises(ValueError, match="m: unknown mask value 9; known are 0, 7"):
         remap(np.array([[0, 9]], np.uint8), {0: 0, 7: 1}, "m")
+
+
+def test_metaimages_of_bytes_raw_and_packed(tmp_path):
+    file = tmp_path / "x.mha"
+    pixels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    for packed in (False, True):
+        write_mha(file, pixels, packed)
+        np.testing.assert_array_equal(read_mha(file.read_bytes(), "x"), pixels)
+    for data, message in (
+        (b"DimSize = 1", r"b: MetaImage damaged or truncated \(header\)"),
+        (file.read_bytes()[:-20], r"b: MetaImage damaged or truncated \(truncated\)"),
+        (file.read_bytes().replace(b"UCHAR", b"SHORT"), "b: MetaImage .*truncated"),
+        (file.read_bytes().replace(b"UCHAR", b"CHAR"), "b: MetaImage of int8, not of"),
+        (file.read_bytes().replace(b"DimSize", b"Size"), r"b: .* \(KeyError\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_mha(data, "b")
 
 
 def saved(image):
