@@ -15,7 +15,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from ultradino_jax.prepare import prepare
+from ultradino_jax.jsonl import read_rows
+from ultradino_jax.prepare import lookup, prepare
 
 
 def fan(height=240, width=320, half_angle=0.6, seed=0):
@@ -124,3 +125,16 @@ def export(root, stills=10):
             archive.writestr(f"{seed}.png", encoded(picture))
     (root / "notes.txt").write_text("hello")
     return root
+
+
+def skipped(cache, key=None, inputs=None):
+    """reason -> names of the files (or their number where no key is given)."""
+    lines = read_rows(cache / "skipped.jsonl")
+    names = {}
+    if inputs is not None:
+        for file_id, path in lookup(inputs, [inputs], key):
+            names[file_id] = path.removeprefix(f"{inputs}/")
+    reasons = {}
+    for line in lines:
+        reasons.setdefault(line["reason"], []).append(names.get(line["id"], line))
+    return reasons

@@ -94,9 +94,9 @@ def test_finished_caches_are_left_alone(whole, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (root / "cache").iterdir()}
     assert run(root / "in", root / "cache", **options)["records"] == 56
     assert {p: p.stat().st_mtime_ns for p in (root / "cache").iterdir()} == before
-    with pytest.raises(ValueError, match="'short_side': 256.*'short_side': 64"):
+    with pytest.raises(ValueError, match="options.short_side: 256 there, 64 now"):
         run(root / "in", root / "cache", **options, short_side=64)
-    with pytest.raises(ValueError, match="inputs was"):
+    with pytest.raises(ValueError, match="other settings .inputs: "):
         run(root / "in" / "series", root / "cache", **options)
     assert contents(root / "cache") == want
 
@@ -111,16 +111,16 @@ def limited(command, bytes_):
 def test_a_full_disk_is_one_line_and_can_be_made_good(whole, tmp_path):
     root, want = whole
     code = (
-        "import sys, ultradino_jax.prepare as p\n"
+        "import ultradino_jax.prepare as p\n"
         "from functools import partial\n"
         "p.prepare = partial(p.prepare, shard_records=9)\n"
-        "sys.exit(p.main())"
+        "p.command(p.main)"
     )
     command = [sys.executable, "-c", code, "--input", root / "in", "--workers", "1"]
     command += ["--output", tmp_path / "c", "--key", root / "key"]
     done = limited(command, 100_000)
     assert done.returncode == 1
-    assert done.stderr.startswith("prepare: cannot write")
+    assert done.stderr.startswith("error: cannot write")
     assert len(done.stderr.splitlines()) == 1
     run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
     assert contents(tmp_path / "c") == want
