@@ -112,12 +112,17 @@ def contents(cache):
     return {p.name: p.read_bytes() for p in sorted(Path(cache).rglob("*"))}
 
 
+def still(seed):
+    """The picture that `export` writes as series/SEED.png."""
+    return fan(120, 160, seed=seed)[0]
+
+
 def export(root, stills=10):
     """A small export: stills, a cine loop, an archive, junk."""
     (root / "series").mkdir(parents=True)
     for seed in range(stills):
-        (root / "series" / f"{seed}.png").write_bytes(encoded(fan(seed=seed)[0]))
-    frames = np.stack([screen(*fan(seed=100 + k))[0] for k in range(6)])
+        (root / "series" / f"{seed}.png").write_bytes(encoded(still(seed)))
+    frames = np.stack([screen(*fan(120, 160, seed=100 + k))[0] for k in range(6)])
     (root / "loop").write_bytes(dicom(frames, FrameTime=400))
     with zipfile.ZipFile(root / "more.zip", "w") as archive:
         for seed in range(200, 240):

@@ -17,6 +17,7 @@ from tests.data.prepare.inputs import (
     run,
     screen,
     skipped,
+    still,
 )
 from ultradino_jax.data.cache import INDEX
 from ultradino_jax.data.phantom.dicom import write_dicom
@@ -104,7 +105,7 @@ def test_real_files_go_through(tmp_path):
 
 
 def test_phantom_dicoms_go_through(tmp_path):
-    write_dicom(tmp_path / "in", 2)
+    write_dicom(tmp_path / "in", 2, size=256)
     cache = tmp_path / "cache"
     manifest = run(tmp_path / "in", cache, short_side=0, encoding="raw", dedup="none")
     with open(next((tmp_path / "in").rglob("truth.csv")), newline="") as file:
@@ -162,7 +163,7 @@ def test_excluded_images_never_enter(tmp_path):
     export(root)
     evaluation.mkdir()
     for seed in (2, 3):
-        picture = fan(seed=seed)[0]
+        picture = still(seed)
         extension = ".jpg" if seed == 2 else ".png"  # one is stored anew with losses
         (evaluation / f"{seed}{extension}").write_bytes(encoded(picture, extension))
     black = np.zeros((50, 60), np.uint8)  # even what prepare would skip is listed

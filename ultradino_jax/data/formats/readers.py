@@ -8,7 +8,6 @@ import numpy as np
 from numpy.lib import format as npy_format
 from PIL import Image
 
-from ultradino_jax.data.formats.dicom import looks_like_dicom, read_dicom
 from ultradino_jax.data.formats.frames import (
     MAX_PIXELS,
     Clip,
@@ -58,6 +57,17 @@ def kind_of(head: bytes) -> str:
     return ""
 
 
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether a file's first bytes are DICOM, with or without the 128-byte preamble."""
+    if head[128:132] == b"DICM":
+        return True
+    # Without preamble: starts with a tag of group 0002 or 0008, in either byte order.
+    little, big = head[:2], head[1::-1]
+    return (little in (b"\x02\0", b"\x08\0") or big in (b"\x02\0", b"\x08\0")) and (
+        len(head) >= 8 and head[:4].count(0) >= 2
+    )
+
+
 def read_clip(
     data: bytes,
     kind: str,
@@ -71,6 +81,9 @@ def read_clip(
     ultrasound. Raises Unreadable; decoders may raise other errors on damaged files.
     """
     if kind == "dicom":
+        # Slow to import: only where there is one.
+        from ultradino_jax.data.formats.dicom import read_dicom
+
         return read_dicom(data, fps, max_frames, any_modality)
     if kind in _OPENCV:
         return Clip(stretch([_read_still(data, kind)]), [0], 1)
