@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.cli import command
 from ultradino_jax.data.phantom import layouts
 from ultradino_jax.data.phantom.dicom import write_dicom
 from ultradino_jax.data.phantom.render import (
@@ -123,4 +124,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ultradino_jax.data.cache import ENCODINGS, OutputError, write_whole
+from ultradino_jax.cli import command
+from ultradino_jax.data.cache import ENCODINGS, OutputError
 from ultradino_jax.data.formats import archives
 from ultradino_jax.data.formats.readers import HEAD, kind_of
 from ultradino_jax.data.prepare.build import DEDUP, CacheBuilder
@@ -22,6 +23,7 @@ from ultradino_jax.data.prepare.file import MemberResult, Settings, Task
 from ultradino_jax.data.prepare.pool import run_in_order
 from ultradino_jax.data.prepare.scan import Entry, Key, scan
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import write_whole
 
 _EVERY_SECONDS = 5.0
 
@@ -71,15 +73,13 @@ def prepare(
       UserError: arguments or directories that do not fit together.
       OutputError: the output cannot be written. A later call goes on from there.
     """
-    roots = _roots(inputs)
     output = Path(output).absolute()
     _check_options(short_side, encoding, fps, max_frames, dedup, timeout, shard_records)
-    for root in roots:
-        if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(root)):
-            raise UserError(f"output {output} lies inside input {root}")
+    roots = _roots(inputs, output)
     secret = _load_key(key, output)
     excluded = ExcludeList(exclude)
     entries = list(scan(roots))
+    settings = Settings(short_side, encoding, float(fps), max_frames, region)
     plan = {
         "inputs": secret.inputs_digest(entries),
         "key": secret.hash("key").hex(),
@@ -94,7 +94,6 @@ def prepare(
             "shard_records": shard_records,
         },
     }
-    settings = Settings(short_side, encoding, float(fps), max_frames, region)
     with CacheBuilder(output, plan, secret, excluded, dedup, shard_records) as builder:
         if builder.manifest is not None:
             return builder.manifest
@@ -135,7 +134,7 @@ def write_hashes(
             listed.append((frame.sha256, near))
     if problems or not listed:
         raise UserError(f"{problems} unreadable files, {len(listed)} frames: no list")
-    write_whole(Path(output), format_hashes(listed).encode())
+    write_whole(output, format_hashes(listed))
     return len(listed)
 
 
@@ -177,7 +176,7 @@ def _member_names(entry: Entry) -> Iterator[tuple[int, str]]:
         return
 
 
-def _roots(inputs) -> list[str]:
+def _roots(inputs, output: Path | None = None) -> list[str]:
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     roots = [os.fspath(i) for i in inputs]
@@ -186,6 +185,9 @@ def _roots(inputs) -> list[str]:
     for root in roots:
         if not os.path.exists(root):
             raise UserError(f"input {root} does not exist")
+        real = os.path.realpath(root)
+        if output and Path(os.path.realpath(output)).is_relative_to(real):
+            raise UserError(f"output {output} lies inside input {root}")
     return roots
 
 
@@ -298,46 +300,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags and do what they ask; bad flags end with exit status 2."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not args.write_hashes and not args.output and not (args.lookup and args.key):
         parser.error("--output is required")
-    try:
-        if args.lookup:
-            key = Path(args.key or os.path.abspath(args.output) + ".key")
-            for file_id, path in lookup(args.lookup, args.input, key):
-                print(file_id, path)
-        elif args.write_hashes:
-            count = write_hashes(
-                args.input,
-                args.write_hashes,
-                workers=args.workers,
-                timeout=args.timeout,
-            )
-            print(f"{args.write_hashes}: {count} frames")
-        else:
-            manifest = prepare(
-                args.input,
-                args.output,
-                short_side=args.short_side,
-                encoding=args.encoding,
-                fps=args.fps,
-                max_frames=args.max_frames,
-                region=not args.no_region,
-                dedup=args.dedup,
-                exclude=args.exclude,
-                key=args.key,
-                workers=args.workers,
-                timeout=args.timeout,
-            )
-            print(f"{args.output}: {manifest['records']} pictures; see report.html")
-    except (ValueError, OutputError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
-    return 0
+    common = {"workers": args.workers, "timeout": args.timeout}
+    if args.lookup:
+        key = Path(args.key or os.path.abspath(args.output) + ".key")
+        for file_id, path in lookup(args.lookup, args.input, key):
+            print(file_id, path)
+    elif args.write_hashes:
+        count = write_hashes(args.input, args.write_hashes, **common)
+        print(f"{args.write_hashes}: {count} frames")
+    else:
+        manifest = prepare(
+            args.input,
+            args.output,
+            short_side=args.short_side,
+            encoding=args.encoding,
+            fps=args.fps,
+            max_frames=args.max_frames,
+            region=not args.no_region,
+            dedup=args.dedup,
+            exclude=args.exclude,
+            key=args.key,
+            **common,
+        )
+        print(f"{args.output}: {manifest['records']} pictures; see report.html")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

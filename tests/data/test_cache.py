@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 import pickle
 
 import grain
@@ -65,12 +64,10 @@ def total(source):
     return int(sum(source[i].astype(int).sum() for i in range(len(source))))
 
 
-def test_travels_to_spawned_workers(tmp_path):
+def test_pickles_while_its_files_are_open(tmp_path):
     source = CacheSource(write(tmp_path))
     want = total(source)  # readers are open now
     assert total(pickle.loads(pickle.dumps(source))) == want
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(total, (source,)) == want
 
 
 def test_reads_through_grain(tmp_path):

@@ -1,13 +1,14 @@
+import json
 import random
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from ultradino_jax.data.cache import FORMAT, INDEX, VERSION, encode, write_shard
 from ultradino_jax.data.crops import CropConfig, render_crops, sample_crops
 from ultradino_jax.data.masking import sample_masks
 from ultradino_jax.data.pipeline import MAX_BAD, build_pipeline
-from ultradino_jax.data.sources import BadImage, FolderSource
+from ultradino_jax.data.sources import BadImage, CacheSource
 
 CROPS = CropConfig(global_size=32, local_size=16, num_local=3)
 SETTINGS = {"batch_size": 8, "groups": 4, "patch_size": 8, "seed": 11}
@@ -146,11 +147,13 @@ def test_processes_split_the_groups(reference, count):
 
 
 def test_workers_change_nothing(tmp_path):
-    for k in range(5):
-        pixels = np.random.default_rng(k).integers(0, 256, (40, 50), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
-    (tmp_path / "2.png").write_bytes(b"broken")
-    source = FolderSource(tmp_path)
+    """From a cache: its readers are opened anew in each process."""
+    payloads = [encode(Records()[k][..., 0], "png") for k in range(5)]
+    payloads[2] = b"broken"
+    shard = write_shard(tmp_path / "shard-00000", payloads, np.zeros(5, INDEX))
+    manifest = {"format": FORMAT, "version": VERSION, "shards": [shard]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    source = CacheSource(tmp_path)
     expected = batches(source)
     assert any((batch["bad"] == 2).any() for batch in expected)
     assert_same(batches(source, num_workers=2, num_threads=1), expected)

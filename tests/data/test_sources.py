@@ -241,7 +241,7 @@ def test_open_source_chooses(folder, monkeypatch):
     manifest.write_text(json.dumps({"format": "ultradino_cache"}))
     assert open_source(root) == ("cache", root, 1)
     manifest.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json' is not valid JSON"):
+    with pytest.raises(ValueError, match=r"manifest\.json' is cut or not JSON"):
         open_source(root)
 
 

@@ -7,7 +7,6 @@ CACHE/shard-00000.npy            INDEX of the same records
 
 import hashlib
 import io
-import os
 from pathlib import Path
 
 import cv2
@@ -15,6 +14,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import whole_file, write_whole
 
 FORMAT = "ultradino_cache"
 VERSION = 1
@@ -70,16 +70,6 @@ def decode(record: bytes) -> np.ndarray:
     return pixels
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it is either absent or complete, whenever power fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_shard(stem: Path, payloads: list[bytes], index: np.ndarray) -> dict:
     """Writes stem.array_record and stem.npy, each whole or not at all.
 
@@ -87,19 +77,18 @@ def write_shard(stem: Path, payloads: list[bytes], index: np.ndarray) -> dict:
     Raises OutputError.
     """
     path = stem.with_suffix(".array_record")
-    temporary = stem.with_suffix(".array_record.tmp")
     try:
-        # One picture per chunk: any record costs one read. They are compressed already.
-        writer = array_record_module.ArrayRecordWriter(
-            str(temporary), "group_size:1,uncompressed"
-        )
-        for payload in payloads:
-            writer.write(payload)
-        writer.close()
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(temporary, path)
+        with whole_file(path) as fresh:
+            # One picture per chunk: any record costs one read. They are compressed
+            # already.
+            writer = array_record_module.ArrayRecordWriter(
+                str(fresh), "group_size:1,uncompressed"
+            )
+            for payload in payloads:
+                writer.write(payload)
+            writer.close()
+            with open(fresh, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         write_whole(stem.with_suffix(".npy"), _npy(index))
     except (RuntimeError, OSError) as error:  # array_record raises RuntimeError
         raise OutputError(f"cannot write {path}: {error}") from error

@@ -94,24 +94,10 @@ def build_pipeline(
     """
     _check_division("batch_size", batch_size, "groups", groups)
     _check_division("groups", groups, "process_count", process_count)
-    _check_division("global crop size", crops.global_size, "patch_size", patch_size)
-    if crops.num_local:
-        _check_division("local crop size", crops.local_size, "patch_size", patch_size)
-    if canvas is not None and canvas < crops.global_size:
-        raise UserError(
-            f"a canvas of {canvas} pixels is smaller than a global crop of "
-            f"{crops.global_size}"
-        )
+    _check_crops(crops, patch_size, canvas)
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index {process_index} of {process_count} processes")
-    _check_not_negative(
-        seed=seed,
-        start_step=start_step,
-        num_steps=num_steps,
-        num_workers=num_workers,
-        num_threads=num_threads,
-        prefetch=prefetch,
-    )
+    _check_not_negative(seed=seed, start_step=start_step, num_steps=num_steps)
     local_groups = groups // process_count
     first_group = process_index * local_groups
     load = _BatchLoader(
@@ -130,12 +116,18 @@ def build_pipeline(
         seed=seed,
     )
     load.masks(start_step)  # a wrong mask setting fails here, not in a worker
-    buffered = max(prefetch, num_threads) if num_threads else 0
-    dataset = (
-        grain.MapDataset.range(start_step, start_step + num_steps)
-        .map(load)
-        .to_iter_dataset(grain.ReadOptions(num_threads, buffered))
+    steps = grain.MapDataset.range(start_step, start_step + num_steps)
+    return _iterate(steps.map(load), num_workers, num_threads, prefetch)
+
+
+def _iterate(
+    batches: grain.MapDataset, num_workers: int, num_threads: int, prefetch: int
+) -> grain.DatasetIterator:
+    _check_not_negative(
+        num_workers=num_workers, num_threads=num_threads, prefetch=prefetch
     )
+    buffered = max(prefetch, num_threads) if num_threads else 0
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads, buffered))
     if num_workers:
         # Grain's workers read absl flags, which nobody parses in pytest or a notebook.
         if not flags.FLAGS.is_parsed():
@@ -255,6 +247,17 @@ class _BatchLoader:
 def _check_division(what: str, number: int, by: str, divisor: int) -> None:
     if divisor < 1 or number < 1 or number % divisor:
         raise UserError(f"{what} {number} is not divisible by {by} {divisor}")
+
+
+def _check_crops(crops: CropConfig, patch_size: int, canvas: int | None) -> None:
+    _check_division("global crop size", crops.global_size, "patch_size", patch_size)
+    if crops.num_local:
+        _check_division("local crop size", crops.local_size, "patch_size", patch_size)
+    if canvas is not None and canvas < crops.global_size:
+        raise UserError(
+            f"a canvas of {canvas} pixels is smaller than a global crop of "
+            f"{crops.global_size}"
+        )
 
 
 def _check_not_negative(**values: int) -> None:

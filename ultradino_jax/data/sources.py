@@ -1,4 +1,4 @@
-"""Where pretraining images come from: a folder, a list of paths, or the phantom.
+"""Where pretraining images come from: a folder, a list of paths, a prepared cache.
 
 A source is random access: `len(source)`, `source[i]` -> uint8 [H, W, C] (read-only, any
 H and W of at least MIN_SIDE pixels), `record_id(i)` -> str, `digest()` -> str. Reading
@@ -6,7 +6,6 @@ raises `BadImage` when a record exists but cannot be used; the pipeline replaces
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ultradino_jax.data.cache import FORMAT, VERSION, Shards, record_name
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import read_json
 
 MIN_SIDE = 16
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -193,11 +193,8 @@ def open_source(
 def _is_cache(manifest: Path) -> bool:
     if not manifest.is_file():
         return False
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(manifest)!r} is not valid JSON: {error}") from error
-    return isinstance(content, dict) and content.get("format") == "ultradino_cache"
+    content = read_json(manifest)
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -241,18 +238,16 @@ class CacheSource:
 
     root: the cache's directory. channels: 1, or 3 equal ones.
     Picklable. Raises UserError when the cache is not finished or a shard is missing or
-    of another length; reading a damaged record raises `sources.BadImage`.
+    of another length; reading a damaged record raises BadImage.
     """
 
     def __init__(self, root: str | os.PathLike, channels: int = 1):
-        if channels not in (1, 3):
-            raise UserError(f"channels must be 1 or 3, got {channels}")
+        check_channels(channels)
         root = Path(root)
         path = root / "manifest.json"
         if not path.is_file():
             raise UserError(f"{root}: no manifest.json: run prepare again")
-        text = path.read_bytes()
-        self.manifest = json.loads(text)
+        self.manifest = read_json(path)
         found = (self.manifest.get("format"), self.manifest.get("version"))
         if found != (FORMAT, VERSION):
             raise UserError(f"{path}: not a version {VERSION} cache of prepare")
@@ -262,7 +257,7 @@ class CacheSource:
                 raise UserError(f"{file}: missing, or not {shard['bytes']} bytes long")
         self._root, self._channels = root, channels
         self._shards = Shards(root, self.manifest["shards"])
-        self._digest = hashlib.sha256(text).hexdigest()
+        self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._shards)

@@ -1,5 +1,6 @@
 """The builders on phantom data in the layout of the real downloads."""
 
+import dataclasses
 import http.server
 import shutil
 import subprocess
@@ -32,9 +33,7 @@ def download(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(download, tmp_path_factory):
-    return fetal_planes.load_fetal_planes(
-        tmp_path_factory.mktemp("tfds"), manual_dir=download
-    )
+    return fetal_planes.load(tmp_path_factory.mktemp("tfds"), manual_dir=download)
 
 
 def edited(download, tmp_path, change):
@@ -96,7 +95,7 @@ def test_the_split_does_not_depend_on_the_storage(download, data, tmp_path):
     manual = tmp_path / "manual"
     manual.mkdir()
     copy.rename(manual / "FETAL_PLANES_ZENODO.zip")
-    other = fetal_planes.load_fetal_planes(tmp_path / "tfds", manual_dir=manual)
+    other = fetal_planes.load(tmp_path / "tfds", manual_dir=manual)
     assert other.split_hash() == data.split_hash()
     assert other.read.png(other.stored[5]) == data.read.png(data.stored[5])
     seeds = {
@@ -111,8 +110,9 @@ def test_the_split_does_not_depend_on_the_storage(download, data, tmp_path):
 def test_download_fetches_the_zip(download, data, tmp_path, monkeypatch):
     served = tmp_path / "served"
     served.mkdir()
-    assert fetal_planes.URL.startswith("https://zenodo.org/records/3904280/files/")
-    name = fetal_planes.URL.rsplit("/", 1)[1]
+    published = fetal_planes.PUBLISHED
+    assert published.url.startswith("https://zenodo.org/records/3904280/files/")
+    name = published.url.rsplit("/", 1)[1]
     shutil.make_archive(str(served / name.removesuffix(".zip")), "zip", download)
     handler = partial(QuietHandler, directory=served)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -120,17 +120,21 @@ def test_download_fetches_the_zip(download, data, tmp_path, monkeypatch):
     thread.start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/{name}"
-        monkeypatch.setattr(fetal_planes, "URL", url)
+        here = dataclasses.replace(published, url=url)
+        monkeypatch.setattr(fetal_planes, "PUBLISHED", here)
         with pytest.raises(FileNotFoundError, match="not prepared.*manual_dir=FOLDER"):
-            fetal_planes.load_fetal_planes(tmp_path / "tfds")
-        other = fetal_planes.load_fetal_planes(tmp_path / "tfds", download=True)
+            fetal_planes.load(tmp_path / "tfds")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match="FOLDER with FETAL_PLANES_ZENODO"):
+            fetal_planes.load(tmp_path / "tfds", manual_dir=tmp_path / "empty")
+        other = fetal_planes.load(tmp_path / "tfds", download=True)
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
     assert other.split_hash() == data.split_hash()
     # Now that it is prepared, neither a download nor the files are asked for.
-    again = fetal_planes.load_fetal_planes(tmp_path / "tfds")
+    again = fetal_planes.load(tmp_path / "tfds")
     assert again.split_hash() == data.split_hash()
 
 
@@ -191,7 +195,7 @@ def test_split_files_as_the_reference_ships_them(data, tmp_path):
 def test_bad_tables(download, tmp_path, change, message):
     copy = edited(download, tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        fetal_planes.load_fetal_planes(tmp_path / "tfds", manual_dir=copy)
+        fetal_planes.load(tmp_path / "tfds", manual_dir=copy)
 
 
 def test_patients_in_both_official_splits_are_refused(download, tmp_path):
@@ -200,18 +204,18 @@ def test_patients_in_both_official_splits_are_refused(download, tmp_path):
 
     copy = edited(download, tmp_path, change)
     with pytest.raises(ValueError, match="1 patients .*first '1' in train and test"):
-        fetal_planes.load_fetal_planes(tmp_path / "tfds", manual_dir=copy)
+        fetal_planes.load(tmp_path / "tfds", manual_dir=copy)
 
 
 def test_missing_places_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        fetal_planes.load_fetal_planes(tmp_path, manual_dir=tmp_path / "nowhere")
+        fetal_planes.load(tmp_path, manual_dir=tmp_path / "nowhere")
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "readme.txt").write_text("hello")
     with pytest.raises(
         FileNotFoundError, match=r"no FETAL_PLANES_DB_data.csv in .*man"
     ):
-        fetal_planes.load_fetal_planes(tmp_path, manual_dir=tmp_path / "manual")
+        fetal_planes.load(tmp_path, manual_dir=tmp_path / "manual")
 
 
 def test_african_planes_from_the_tar(tmp_path):
@@ -220,7 +224,7 @@ def test_african_planes_from_the_tar(tmp_path):
     manual.mkdir()
     with tarfile.open(manual / "Zenodo_dataset.tar.xz", "w:xz") as tar:
         tar.add(tmp_path / "out" / "Zenodo_dataset", "Zenodo_dataset")
-    data = african_planes.load_african_planes(tmp_path / "tfds", manual_dir=manual)
+    data = african_planes.load(tmp_path / "tfds", manual_dir=manual)
     files = list((tmp_path / "out").rglob("*.png"))
     assert len(data) == len(files) > 20
     by_name = {f.stem: f for f in files}
@@ -234,8 +238,9 @@ def test_african_planes_from_the_tar(tmp_path):
 
 def test_data_sets_import_neither_jax_nor_tensorflow():
     code = (
-        "import sys; from ultradino_jax.data.datasets import fetal_planes, table, "
-        "african_planes; sys.exit(bool({'jax', 'tensorflow'} & set(sys.modules)))"
+        "import sys; import ultradino_jax.data.datasets.open; sys.exit(bool("
+        "{'jax', 'tensorflow', 'ml_collections', 'tensorflow_datasets'}"
+        " & set(sys.modules)))"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3]

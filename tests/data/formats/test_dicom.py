@@ -12,9 +12,9 @@ from pydicom.filewriter import write_dataset
 from pydicom.pixels import pixel_array
 
 from tests.data.prepare.inputs import dicom
-from ultradino_jax.data.formats.dicom import looks_like_dicom, read_dicom
+from ultradino_jax.data.formats.dicom import read_dicom
 from ultradino_jax.data.formats.frames import choose_frames
-from ultradino_jax.data.formats.readers import kind_of
+from ultradino_jax.data.formats.readers import kind_of, looks_like_dicom
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 RNG = np.random.default_rng(0)

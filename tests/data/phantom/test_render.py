@@ -100,7 +100,7 @@ def test_masks_are_binary_and_inside_the_fan(index, task, size):
 def test_masks_lie_on_what_they_name():
     """Fluid is darker and bone brighter than what lies round it, in the median."""
     contrasts = {"stomach": [], "vein": [], "head": []}
-    for index in range(40):
+    for index in range(24):
         for task in ("fass", "jnu"):
             phantom = render_phantom(index, size=(128, 160), overlays=False, task=task)
             for name in contrasts.keys() & phantom.masks.keys():
@@ -111,16 +111,16 @@ def test_masks_lie_on_what_they_name():
                 inside = phantom.image[mask > 0].mean()
                 contrasts[name].append(inside - phantom.image[ring > 0].mean())
     for name, values in contrasts.items():
-        assert len(values) > 15
+        assert len(values) > 8
         assert np.median(values) < -8, name
     femur = []
-    for index in range(60):
+    for index in range(40):
         phantom = render_phantom(index, size=(128, 160), overlays=False)
         mask = phantom.masks.get("femur")
         if mask is not None and mask.sum() > 10:
             inside = phantom.image[mask > 0].mean()
             femur.append(inside - phantom.image[phantom.image > 0].mean())
-    assert len(femur) > 5 and np.median(femur) > 25
+    assert len(femur) > 3 and np.median(femur) > 25
 
 
 def test_tasks_offer_their_structures():
@@ -180,7 +180,7 @@ def test_the_shape_of_the_fan_does_not_find_the_cervix():
     from sklearn.neighbors import KNeighborsClassifier
 
     shapes, labels = [], []
-    for index in range(480):
+    for index in range(300):
         phantom = render_phantom(index, size=(32, 40), overlays=False)
         # Closed, so that fluid inside the fan does not count: the outline alone.
         mask = (phantom.image > 0).astype(np.uint8)
@@ -188,7 +188,7 @@ def test_the_shape_of_the_fan_does_not_find_the_cervix():
         shapes.append(mask[::2, ::2].ravel())
         labels.append(phantom.label)
     shapes, labels = np.asarray(shapes, np.float32), np.asarray(labels)
-    train, test = slice(0, 360), slice(360, None)
+    train, test = slice(0, 220), slice(220, None)
     cervix = labels[test] == PLANES.index("Maternal cervix")
     for model in (
         LogisticRegression(C=0.01, max_iter=100, tol=1e-2),

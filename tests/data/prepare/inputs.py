@@ -15,7 +15,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from ultradino_jax.prepare import prepare
+from ultradino_jax.jsonl import read_rows
+from ultradino_jax.prepare import lookup, prepare
 
 
 def fan(height=240, width=320, half_angle=0.6, seed=0):
@@ -111,12 +112,17 @@ def contents(cache):
     return {p.name: p.read_bytes() for p in sorted(Path(cache).rglob("*"))}
 
 
+def still(seed):
+    """The picture that `export` writes as series/SEED.png."""
+    return fan(120, 160, seed=seed)[0]
+
+
 def export(root, stills=10):
     """A small export: stills, a cine loop, an archive, junk."""
     (root / "series").mkdir(parents=True)
     for seed in range(stills):
-        (root / "series" / f"{seed}.png").write_bytes(encoded(fan(seed=seed)[0]))
-    frames = np.stack([screen(*fan(seed=100 + k))[0] for k in range(6)])
+        (root / "series" / f"{seed}.png").write_bytes(encoded(still(seed)))
+    frames = np.stack([screen(*fan(120, 160, seed=100 + k))[0] for k in range(6)])
     (root / "loop").write_bytes(dicom(frames, FrameTime=400))
     with zipfile.ZipFile(root / "more.zip", "w") as archive:
         for seed in range(200, 240):
@@ -124,3 +130,16 @@ def export(root, stills=10):
             archive.writestr(f"{seed}.png", encoded(picture))
     (root / "notes.txt").write_text("hello")
     return root
+
+
+def skipped(cache, key=None, inputs=None):
+    """reason -> names of the files (or their number where no key is given)."""
+    lines = read_rows(cache / "skipped.jsonl")
+    names = {}
+    if inputs is not None:
+        for file_id, path in lookup(inputs, [inputs], key):
+            names[file_id] = path.removeprefix(f"{inputs}/")
+    reasons = {}
+    for line in lines:
+        reasons.setdefault(line["reason"], []).append(names.get(line["id"], line))
+    return reasons

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from tests.data.prepare.hostile import hostile
 from tests.data.prepare.inputs import contents, export, run
-from ultradino_jax.data.prepare.file import MemberResult, Settings, Task, run_task
+from ultradino_jax.data.prepare.file import Settings, Task, run_task
 from ultradino_jax.data.prepare.pool import run_in_order
 from ultradino_jax.data.sources import CacheSource
 
@@ -31,6 +32,9 @@ def test_bytes_do_not_depend_on_workers(whole, tmp_path):
     assert contents(tmp_path / "c") == want
 
 
+KILLED = (0, 1, 2, 3, 11, 20, 23)  # at which rename
+
+
 def prepare_and_die(inputs, output, key, at):
     """Runs prepare and is killed just before it renames a file for the at-th time."""
     left, rename = [at], os.replace
@@ -45,19 +49,36 @@ def prepare_and_die(inputs, output, key, at):
     run(inputs, output, key=key, shard_records=9)
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 11, 20, 23])
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole, tmp_path, at):
-    root, want = whole
-    arguments = (root / "in", tmp_path / "c", root / "key", at)
+def die_at_each(inputs, folder, key):
+    """Leaves folder/AT of a run killed at each of KILLED, from one process."""
+    for at in KILLED:
+        child = os.fork()  # before anything here has started a thread
+        if not child:
+            prepare_and_die(inputs, folder / str(at), key, at)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def killed(whole, tmp_path_factory):
+    root, _ = whole
+    folder = tmp_path_factory.mktemp("killed")
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=prepare_and_die, args=arguments)
+    arguments = (root / "in", folder, root / "key")
+    process = context.Process(target=die_at_each, args=arguments)
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == 0
+    return folder
+
+
+@pytest.mark.parametrize("at", KILLED)
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole, killed, at):
+    root, want = whole
+    cache = killed / str(at)
     with pytest.raises(ValueError, match=r"no image|run prepare again|no manifest"):
-        CacheSource(tmp_path / "c")
-    run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
-    assert contents(tmp_path / "c") == want
+        CacheSource(cache)
+    run(root / "in", cache, key=root / "key", shard_records=9)
+    assert contents(cache) == want
 
 
 def test_killed_with_workers_it_leaves_no_process(whole, tmp_path):
@@ -94,9 +115,9 @@ def test_finished_caches_are_left_alone(whole, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (root / "cache").iterdir()}
     assert run(root / "in", root / "cache", **options)["records"] == 56
     assert {p: p.stat().st_mtime_ns for p in (root / "cache").iterdir()} == before
-    with pytest.raises(ValueError, match="'short_side': 256.*'short_side': 64"):
+    with pytest.raises(ValueError, match="options.short_side: 256 there, 64 now"):
         run(root / "in", root / "cache", **options, short_side=64)
-    with pytest.raises(ValueError, match="inputs was"):
+    with pytest.raises(ValueError, match="other settings .inputs: "):
         run(root / "in" / "series", root / "cache", **options)
     assert contents(root / "cache") == want
 
@@ -111,36 +132,19 @@ def limited(command, bytes_):
 def test_a_full_disk_is_one_line_and_can_be_made_good(whole, tmp_path):
     root, want = whole
     code = (
-        "import sys, ultradino_jax.prepare as p\n"
+        "import ultradino_jax.prepare as p\n"
         "from functools import partial\n"
         "p.prepare = partial(p.prepare, shard_records=9)\n"
-        "sys.exit(p.main())"
+        "p.command(p.main)"
     )
-    command = [sys.executable, "-c", code, "--input", root / "in", "--workers", "1"]
+    command = [sys.executable, "-c", code, "--input", root / "in", "--workers", "0"]
     command += ["--output", tmp_path / "c", "--key", root / "key"]
     done = limited(command, 100_000)
     assert done.returncode == 1
-    assert done.stderr.startswith("prepare: cannot write")
+    assert done.stderr.startswith("error: cannot write")
     assert len(done.stderr.splitlines()) == 1
     run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
     assert contents(tmp_path / "c") == want
-
-
-def hostile(task, settings, emit):
-    """A run_task whose inputs hang, or end its process, by name."""
-    if task.name == "late":
-        emit("member", MemberResult(-1))
-        os._exit(1)
-    if task.stop is None:
-        emit("split", (4, 2, False))
-        return
-    for member in range(task.start, task.stop):
-        emit("beat", member)
-        if task.name == "hang" and member == 1:
-            time.sleep(60)
-        if task.name == "die" and member == 2:
-            os._exit(1)
-        emit("member", MemberResult(member))
 
 
 def test_processes_that_hang_or_die_cost_one_member():
@@ -156,18 +160,17 @@ def test_processes_that_hang_or_die_cost_one_member():
     assert not multiprocessing.active_children()
 
 
-def test_stopping_early_ends_the_processes(tmp_path):
-    root = export(tmp_path / "in")
-    tasks = [Task(0, str(root / "more.zip"), "more.zip")] * 3
-    results = run_in_order(tasks, Settings(), 2, 20)
+def test_stopping_early_ends_the_processes(whole):
+    archive = whole[0] / "in" / "more.zip"
+    tasks = [Task(0, str(archive), "more.zip")] * 3
+    results = run_in_order(tasks, Settings(), 1, 20)
     next(results)
     results.close()
     assert not multiprocessing.active_children()
 
 
-def test_archives_are_read_in_parts_that_resume(tmp_path):
-    root = export(tmp_path / "in")
-    task = Task(5, str(root / "more.zip"), "more.zip")
+def test_archives_are_read_in_parts_that_resume(whole):
+    task = Task(5, str(whole[0] / "in" / "more.zip"), "more.zip")
     everything = [r.member for _, r in run_in_order([task], Settings(), 0, 9)]
     assert everything == list(range(40))
     rest = run_in_order([task._replace(start=33)], Settings(), 0, 9)

@@ -7,9 +7,6 @@ published; splits are made by patient.
 import os
 import re
 from pathlib import PurePosixPath
-from typing import ClassVar
-
-import tensorflow_datasets as tfds
 
 from ultradino_jax.data.datasets.archive import decode_grey
 from ultradino_jax.data.datasets.masks import (
@@ -19,19 +16,11 @@ from ultradino_jax.data.datasets.masks import (
     paint,
     stems_in,
 )
-from ultradino_jax.data.datasets.records import (
-    load_segmented_records,
-    manual_or_download,
-    masked_info,
-)
+from ultradino_jax.data.datasets.records import Published, load_segmented
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.data.formats.restricted_pickle import load_npy_pickle
 from ultradino_jax.errors import UserError
 
-URL = (
-    "https://data.mendeley.com/public-files/datasets/4gcpm9dsc3/files/"
-    "89e74076-ff57-4e81-9634-4fc29c6128ff/file_downloaded"
-)
 CLASSES = (
     "background",
     "aorta artery",
@@ -43,51 +32,31 @@ CLASSES = (
 PAINTED = {"liver": 2, "stomach": 3, "artery": 1, "vein": 4}
 
 
-class Fass(tfds.core.GeneratorBasedBuilder):
-    """FASS as one split; images keep the files' bytes, masks become index PNGs."""
+def _read(source):
+    files, folder = find_folder(source, "IMAGES")
+    images = stems_in(files, folder, (".png",))
+    arrays = PurePosixPath(folder).parent / "ARRAY_FORMAT"
+    masks = stems_in(files, str(arrays), (".npy",))
+    check_partners(images, masks, folder)
+    for stem in images:
+        if not re.fullmatch(r"P\d+_IMG\d+", stem):
+            raise UserError(f"{folder}: {stem!r} is not named P.._IMG..")
+    return {"train": _examples(files, images, masks)}
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "Mendeley 4gcpm9dsc3, version 1"}
-    # tfds would find this through importlib_resources, which nothing installs.
-    code_path = tfds.core.Path(__file__)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Put the zip from https://data.mendeley.com/datasets/4gcpm9dsc3, or what it "
-        "unpacks to, in this folder"
-    )
 
-    def _info(self):
-        return masked_info(
-            self, __doc__, "https://data.mendeley.com/datasets/4gcpm9dsc3"
-        )
-
-    def _split_generators(self, dl_manager):
-        source = manual_or_download(dl_manager, URL)
-        files, folder = find_folder(source, "IMAGES")
-        images = stems_in(files, folder, (".png",))
-        arrays = PurePosixPath(folder).parent / "ARRAY_FORMAT"
-        masks = stems_in(files, str(arrays), (".npy",))
-        check_partners(images, masks, folder)
-        for stem in images:
-            if not re.fullmatch(r"P\d+_IMG\d+", stem):
-                raise UserError(f"{folder}: {stem!r} is not named P.._IMG..")
-        return {"train": self._generate_examples(files, images, masks)}
-
-    def _generate_examples(self, files, images, masks):
-        for stem, name in images.items():
-            png = files.read(name)
-            # The picture inside the array is not always that of the PNG.
-            shape = decode_grey(png).shape
-            mask = read_structures(files.read(masks[stem]), shape, masks[stem])
-            patient = stem.split("_")[0]  # of no fixed width: P01 is not P010
-            yield (
-                stem,
-                {
-                    "image": png,
-                    "mask": encode_png(mask),
-                    "id": stem,
-                    "patient": patient,
-                },
-            )
+def _examples(files, images, masks):
+    for stem, name in images.items():
+        png = files.read(name)
+        # The picture inside the array is not always that of the PNG.
+        shape = decode_grey(png).shape
+        mask = read_structures(files.read(masks[stem]), shape, masks[stem])
+        patient = stem.split("_")[0]  # of no fixed width: P01 is not P010
+        yield {
+            "id": stem,
+            "patient": patient,
+            "image": png,
+            "mask": encode_png(mask),
+        }
 
 
 def read_structures(data: bytes, shape: tuple[int, int], where: str):
@@ -105,17 +74,26 @@ def read_structures(data: bytes, shape: tuple[int, int], where: str):
     return paint(content["structures"], PAINTED, shape, where)
 
 
-def load_fass(
+PUBLISHED = Published(
+    name="fass",
+    about=__doc__,
+    release="Mendeley 4gcpm9dsc3, version 1",
+    homepage="https://data.mendeley.com/datasets/4gcpm9dsc3",
+    url=(
+        "https://data.mendeley.com/public-files/datasets/4gcpm9dsc3/files/"
+        "89e74076-ff57-4e81-9634-4fc29c6128ff/file_downloaded"
+    ),
+    files="the zip",
+    classes=CLASSES,
+    read=_read,
+)
+
+
+def load(
     data_dir: str | os.PathLike,
     *,
     manual_dir: str | os.PathLike = "",
     download: bool = False,
 ) -> SegmentedImages:
-    """The data set, prepared in `data_dir` on first use; no splits are made.
-
-    manual_dir: folder with the user's zip or unpacked files; otherwise `download`
-    allows fetching it. Raises FileNotFoundError when neither is there.
-    """
-    return load_segmented_records(
-        Fass, data_dir, manual_dir=manual_dir, download=download, classes=CLASSES
-    )
+    """The data set, without splits; as `load_segmented`."""
+    return load_segmented(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)

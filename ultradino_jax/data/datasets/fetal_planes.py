@@ -8,27 +8,22 @@ for validation, which ones it does not say.
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.labelled import (
     SPLITS,
     LabelledImages,
-    check_patients,
     complete_splits,
 )
 from ultradino_jax.data.datasets.records import (
-    load_records,
-    manual_or_download,
-    planes_info,
-    planes_table,
+    Published,
+    load_labelled,
+    planes_examples,
 )
 from ultradino_jax.errors import UserError
 
-URL = "https://zenodo.org/records/3904280/files/FETAL_PLANES_ZENODO.zip"
 TABLE = "FETAL_PLANES_DB_data.csv"
 # Label order of the csv splits in the paper's repository.
 CLASSES = (
@@ -46,71 +41,46 @@ COLUMNS = {
 }
 
 
-class FetalPlanes(tfds.core.GeneratorBasedBuilder):
-    """FETAL_PLANES_DB with its official splits; images keep the files' bytes."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "Zenodo record 3904280"}
-    # tfds would find this through importlib_resources, which nothing installs.
-    code_path = tfds.core.Path(__file__)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        f"Put FETAL_PLANES_ZENODO.zip from {URL}, or what it unpacks to, in this folder"
+def _read(source):
+    return planes_examples(
+        source,
+        TABLE,
+        name="Image_name",
+        classes=CLASSES,
+        groups=COLUMNS,
+        patient=lambda row: row["Patient_num"],
     )
 
-    def _info(self):
-        homepage = "https://zenodo.org/records/3904280"
-        return planes_info(self, __doc__, homepage, CLASSES, tuple(COLUMNS))
 
-    def _split_generators(self, dl_manager):
-        source = manual_or_download(dl_manager, URL)
-        columns = ["Patient_num", *COLUMNS.values()]
-        files, rows = planes_table(source, TABLE, "Image_name", columns, CLASSES)
-        return {
-            split: self._generate_examples(files, rows, flag)
-            for split, flag in (("train", "1"), ("test", "0"))
-        }
-
-    def _generate_examples(self, files, rows, flag):
-        for row in rows:
-            if row["Train"] == flag:
-                yield (
-                    row["id"],
-                    {
-                        "image": files.read(row["file"]),
-                        "label": row["Plane"],
-                        "id": row["id"],
-                        "patient": row["Patient_num"],
-                        **{k: row[v] for k, v in COLUMNS.items()},
-                    },
-                )
+PUBLISHED = Published(
+    name="fetal_planes",
+    about=__doc__,
+    release="Zenodo record 3904280",
+    homepage="https://zenodo.org/records/3904280",
+    url="https://zenodo.org/records/3904280/files/FETAL_PLANES_ZENODO.zip",
+    files="FETAL_PLANES_ZENODO.zip",
+    classes=CLASSES,
+    groups=tuple(COLUMNS),
+    read=_read,
+)
 
 
-def load_fetal_planes(
+def load(
     data_dir: str | os.PathLike,
     *,
     manual_dir: str | os.PathLike = "",
     download: bool = False,
     val_fraction: float = 0.2,
     split_seed: int = 0,
-    split_files: Sequence[str] = (),
+    split_files: Sequence[str | os.PathLike] = (),
 ) -> LabelledImages:
-    """The data set, prepared in `data_dir` on first use.
+    """The data set with its official test images.
 
-    manual_dir: folder with the user's zip or unpacked files; otherwise `download`
-    allows fetching it from Zenodo. Validation is a fraction of the training patients,
-    or everything comes from `split_files`: three csv files (train, val, test) with a
-    column Image_name, such as the reference's.
-    Raises FileNotFoundError when nothing is there and nothing may be downloaded.
+    Validation is a fraction of the training patients, or everything comes from
+    `split_files`: three csv files (train, val, test) with a column Image_name, such as
+    the reference's. The other arguments and errors are those of `load_labelled`.
     """
-    data = load_records(
-        FetalPlanes,
-        data_dir,
-        manual_dir=manual_dir,
-        download=download,
-        classes=CLASSES,
-        groups=tuple(COLUMNS),
-    )
-    check_patients(data)
+    data = load_labelled(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)
     if split_files:
         return apply_split_files(data, split_files)
     return complete_splits(

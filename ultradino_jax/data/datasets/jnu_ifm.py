@@ -11,11 +11,10 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.masks import (
@@ -24,15 +23,10 @@ from ultradino_jax.data.datasets.masks import (
     find_folder,
     remap,
 )
-from ultradino_jax.data.datasets.records import (
-    load_segmented_records,
-    manual_or_download,
-    masked_info,
-)
+from ultradino_jax.data.datasets.records import Published, load_segmented
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.errors import UserError
 
-URL = "https://figshare.com/ndownloader/articles/14371652/versions/2"
 CLASSES = ("background", "pubic symphysis", "fetal head")
 VALUES = {0: 0, 7: 1, 8: 2}
 BOTH = "6"  # frame_label: 3 none, 4 only symphysis, 5 only head, 6 both
@@ -40,56 +34,37 @@ BOTH = "6"  # frame_label: 3 none, 4 only symphysis, 5 only head, 6 both
 TABLES = ("frame_label.csv", "framelabel.csv")
 
 
-class JnuIfm(tfds.core.GeneratorBasedBuilder):
-    """Frames with both structures as one split, masks as index PNGs."""
+def _read(source):
+    """Frames with both structures as one split."""
+    files, _ = find_folder(source, "image")
+    return {"train": _examples(files)}
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "figshare 14371652, version 2"}
-    # tfds would find this through importlib_resources, which nothing installs.
-    code_path = tfds.core.Path(__file__)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "Put the archive from https://doi.org/10.6084/m9.figshare.14371652, or what it "
-        "unpacks to, in this folder"
-    )
 
-    def _info(self):
-        return masked_info(
-            self, __doc__, "https://doi.org/10.6084/m9.figshare.14371652"
-        )
-
-    def _split_generators(self, dl_manager):
-        source = manual_or_download(dl_manager, URL)
-        files, _ = find_folder(source, "image")
-        return {"train": self._generate_examples(files)}
-
-    def _generate_examples(self, files):
-        left_out = Counter()
-        for frame in frames(files):
-            mask = None
-            if frame.mask is None:
-                left_out["without a mask"] += 1
-            elif frame.label is None:
-                left_out[f"without a row in {TABLES[0]}"] += 1
-            else:
-                stored = decode_index(files.read(frame.mask), frame.mask)
-                mask = remap(stored, VALUES, frame.mask)
-                both = all((mask == k).any() for k in (1, 2))
-                if not both or frame.label != BOTH:
-                    left_out["without both structures"] += 1
-                    mask = None
-            if mask is None:
-                continue
-            yield (
-                frame.name,
-                {
-                    "image": files.read(frame.image),
-                    "mask": encode_png(mask),
-                    "id": frame.name,
-                    "patient": patient_of(frame.video),
-                },
-            )
-        for reason, count in left_out.items():
-            print(f"jnu_ifm: {count} frames {reason} left out", file=sys.stderr)
+def _examples(files):
+    left_out = Counter()
+    for frame in frames(files):
+        mask = None
+        if frame.mask is None:
+            left_out["without a mask"] += 1
+        elif frame.label is None:
+            left_out[f"without a row in {TABLES[0]}"] += 1
+        else:
+            stored = decode_index(files.read(frame.mask), frame.mask)
+            mask = remap(stored, VALUES, frame.mask)
+            both = all((mask == k).any() for k in (1, 2))
+            if not both or frame.label != BOTH:
+                left_out["without both structures"] += 1
+                mask = None
+        if mask is None:
+            continue
+        yield {
+            "id": frame.name,
+            "patient": patient_of(frame.video),
+            "image": files.read(frame.image),
+            "mask": encode_png(mask),
+        }
+    for reason, count in left_out.items():
+        print(f"jnu_ifm: {count} frames {reason} left out", file=sys.stderr)
 
 
 class Frame:
@@ -147,24 +122,34 @@ def patient_of(video: str) -> str:
     return stamp.group() if stamp else video
 
 
-def load_jnu_ifm(
+PUBLISHED = Published(
+    name="jnu_ifm",
+    about=__doc__,
+    release="figshare 14371652, version 2",
+    homepage="https://doi.org/10.6084/m9.figshare.14371652",
+    url="https://figshare.com/ndownloader/articles/14371652/versions/2",
+    files="the archive",
+    classes=CLASSES,
+    read=_read,
+)
+
+
+def load(
     data_dir: str | os.PathLike,
     *,
     manual_dir: str | os.PathLike = "",
     download: bool = False,
     group_by: str = "examination",
 ) -> SegmentedImages:
-    """The data set, prepared in `data_dir` on first use; no splits are made.
+    """The data set, without splits; as `load_segmented`.
 
     group_by: 'examination' groups videos of one time stamp, 'day' those of one day,
-    which is stricter. manual_dir, download: as for FASS.
+    which is stricter.
     """
     if group_by not in ("examination", "day"):
         raise UserError(f"group_by={group_by!r}: choose 'examination' or 'day'")
-    data = load_segmented_records(
-        JnuIfm, data_dir, manual_dir=manual_dir, download=download, classes=CLASSES
-    )
+    data = load_segmented(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)
     if group_by == "day":
         days = np.array([p.split("T")[0] for p in data.patients], np.str_)
-        data = SegmentedImages(**{**vars(data), "patients": days})
+        data = replace(data, patients=days)
     return data

@@ -1,12 +1,10 @@
-"""Files of segmentation sets: index masks, painted structures, MetaImages, folders."""
+"""Files of segmentation sets: index masks, painted structures, folders."""
 
 import hashlib
 import io
 import itertools
 import os
-import re
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +25,8 @@ from ultradino_jax.data.datasets.segmented import (
     segmented_images,
     values_in,
 )
+from ultradino_jax.data.formats.metaimage import read_metaimage
+from ultradino_jax.data.formats.unreadable import Unreadable
 from ultradino_jax.errors import UserError
 
 MASK_FOLDERS = ("annotations", "masks", "mask", "labels")
@@ -164,37 +164,29 @@ def paint(
 def read_mha(data: bytes, where: str) -> np.ndarray:
     """MetaImage of bytes -> uint8 array, axes in the order of the last DimSize first.
 
-    Only what the sets use: LOCAL data of MET_UCHAR, raw or zlib. Raises UserError.
+    Raises UserError naming the file.
     """
-    end = re.search(rb"ElementDataFile *= *LOCAL\r?\n", data)
-    if end is None:
-        raise UserError(f"{where}: no header of a MetaImage with LOCAL data")
-    lines = data[: end.start()].decode("ascii", "replace").splitlines()
-    header = dict(re.split(r" *= *", line, maxsplit=1) for line in lines if "=" in line)
-    if header.get("ElementType") != "MET_UCHAR":
-        raise UserError(f"{where}: ElementType {header.get('ElementType')!r}")
-    body = data[end.end() :]
     try:
-        shape = [int(n) for n in header["DimSize"].split()][::-1]
-        if header.get("CompressedData", "").strip() == "True":
-            body = zlib.decompress(body)
-        return np.frombuffer(body, np.uint8).reshape(shape)
-    except (KeyError, ValueError, zlib.error) as error:
-        raise UserError(f"{where}: damaged MetaImage ({error})") from None
+        pixels = read_metaimage(data)
+    except Unreadable as error:
+        raise UserError(f"{where}: MetaImage {error}") from None
+    if pixels.dtype != np.uint8:
+        raise UserError(f"{where}: MetaImage of {pixels.dtype}, not of bytes")
+    return pixels
 
 
 def load_mask_folders(
-    root: str | os.PathLike, *, classes: Sequence[str]
+    path: str | os.PathLike, *, classes: Sequence[str]
 ) -> SegmentedImages:
     """Any set of images and index masks of equal base names.
 
-    ROOT/images and ROOT/masks (or annotations, mask, labels), or the same below
-    ROOT/train[/..], ROOT/val and ROOT/test. A mask may be called NAME_mask. With
-    ROOT/patients.csv (columns id, patient) images are grouped; otherwise each is its
+    PATH/images and PATH/masks (or annotations, mask, labels), or the same below
+    PATH/train[/..], PATH/val and PATH/test. A mask may be called NAME_mask. With
+    PATH/patients.csv (columns id, patient) images are grouped; otherwise each is its
     own patient. classes: names in index order, background first.
     Raises FileNotFoundError or UserError naming what is missing.
     """
-    root = Path(root)
+    root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"folder {str(root)!r} does not exist")
     if len(classes) < 2:

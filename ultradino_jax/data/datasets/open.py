@@ -1,44 +1,68 @@
-"""Data sets by name."""
+"""Data sets by name: the one place that knows which there are."""
 
-from ml_collections import ConfigDict
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from ultradino_jax.data.datasets.labelled import (
-    LabelledImages,
+from ultradino_jax.data.datasets import (
+    african_planes,
+    fass,
+    fetal_planes,
+    jnu_ifm,
+    masks,
+    psfhs,
+    table,
 )
+from ultradino_jax.data.datasets.labelled import LabelledImages
+from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.errors import UserError
 
+LABELLED = {
+    "fetal_planes": fetal_planes.load,
+    "african_planes": african_planes.load,
+    "csv": table.load_csv,
+    "folder": table.load_class_folders,
+}
+SEGMENTED = {
+    "fass": fass.load,
+    "jnu_ifm": jnu_ifm.load,
+    "psfhs": psfhs.load,
+    "folder": masks.load_mask_folders,
+}
+Images = TypeVar("Images")
 
-def load_dataset(section: ConfigDict) -> LabelledImages:
-    """The data set that a config section names.
 
-    Raises UserError for an unknown name, and what its reader raises.
+def open_labelled(section: Mapping[str, Any]) -> LabelledImages:
+    """The labelled images that a section names.
+
+    section: of a config, or a dict: 'name', a key of LABELLED; the arguments of that
+    set's loader, those of others being ignored; 'mask_corner', of LabelledImages.
+    Raises UserError for an unknown name, and what the loader raises.
     """
-    name = section.name
-    builders = dict(
-        data_dir=section.data_dir,
-        manual_dir=section.manual_dir,
-        download=section.download,
-    )
-    splits = dict(val_fraction=section.val_fraction, split_seed=section.split_seed)
-    tables = dict(classes=tuple(section.classes), test_fraction=section.test_fraction)
-    # Imported where needed: the builders bring tensorflow-datasets.
-    if name == "fetal_planes":
-        from ultradino_jax.data.datasets.fetal_planes import load_fetal_planes
+    values = dict(section)
+    data = _load(LABELLED, values)
+    return replace(data, mask_corner=values.get("mask_corner", False))
 
-        files = tuple(section.split_files)
-        data = load_fetal_planes(**builders, **splits, split_files=files)
-    elif name == "african_planes":
-        from ultradino_jax.data.datasets.african_planes import load_african_planes
 
-        data = load_african_planes(**builders)
-    elif name in ("csv", "folder"):
-        from ultradino_jax.data.datasets.table import load_class_folders, load_csv
+def open_segmented(section: Mapping[str, Any]) -> SegmentedImages:
+    """The images with masks that a section names, without splits of this project.
 
-        read = load_csv if name == "csv" else load_class_folders
-        data = read(section.path, **splits, **tables)
-    else:
+    section: 'name', a key of SEGMENTED, and that loader's arguments, as above.
+    """
+    return _load(SEGMENTED, dict(section))
+
+
+def _load(loaders: Mapping[str, Callable[..., Images]], values: dict) -> Images:
+    if values["name"] not in loaders:
+        *first, last = loaders
         raise UserError(
-            f"data set {name!r} is unknown; choose fetal_planes, african_planes, csv "
-            "or folder"
+            f"data set {values['name']!r} is unknown; choose {', '.join(first)} or "
+            f"{last}"
         )
-    return LabelledImages(**{**vars(data), "mask_corner": section.mask_corner})
+    load = loaders[values["name"]]
+    taken = inspect.signature(load).parameters
+    return load(**{name: values[name] for name in taken if name in values})
+
+
+load_dataset = open_labelled

@@ -1,99 +1,147 @@
-"""Prepared ArrayRecord data sets (tensorflow-datasets without TensorFlow)."""
+"""Published data sets, prepared once as ArrayRecords (tfds without TensorFlow).
 
+`Published` says what is a set's own; everything that the sets share is here.
+"""
+
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from ultradino_jax.data.datasets.archive import (
-    Files,
     decode_grey,
     find_table,
     match_images,
     read_table,
 )
-from ultradino_jax.data.datasets.labelled import LabelledImages, labelled_images
+from ultradino_jax.data.datasets.labelled import (
+    LabelledImages,
+    check_patients,
+    labelled_images,
+)
 from ultradino_jax.data.datasets.segmented import SegmentedImages, segmented_images
 from ultradino_jax.errors import UserError
 
+Examples = Iterable[dict[str, Any]]
 
-def planes_features(classes: Sequence[str], groups: Sequence[str]):
-    """Features of a set of labelled PNGs: the files' bytes, label and texts.
 
-    The image is declared grey; files with more channels are stored as they are.
+@dataclass(frozen=True)
+class Published:
+    """What is one data set's own.
+
+    name: of the set and of its folder in data_dir. about, homepage: for its record.
+    release: which published version this is. url: the file to download; files: what
+    that is called, in a sentence. classes: Y names in label order. groups: further
+    texts of a labelled image; None for a set with masks. read: the user's folder, or
+    what was downloaded -> {split: examples}, an example being {'id', 'patient', 'image'
+    (the bytes of a PNG)} and 'label' (a class name) with the groups, or 'mask' (the
+    bytes of an index PNG).
     """
-    texts = {name: tfds.features.Text() for name in ("id", "patient", *groups)}
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(
-                shape=(None, None, 1), dtype=np.uint8, encoding_format="png"
-            ),
-            "label": tfds.features.ClassLabel(names=list(classes)),
-            **texts,
-        }
-    )
+
+    name: str
+    about: str
+    release: str
+    homepage: str
+    url: str
+    files: str
+    classes: tuple[str, ...]
+    read: Callable[[str | os.PathLike], dict[str, Examples]]
+    groups: tuple[str, ...] | None = None
 
 
-def planes_info(builder, description: str | None, homepage: str, classes, groups):
-    """Info of a builder of labelled planes; arguments as of `planes_features`."""
-    return tfds.core.DatasetInfo(
-        builder=builder,
-        description=description,
-        features=planes_features(classes, groups),
-        supervised_keys=("image", "label"),
-        homepage=homepage,
-    )
+@functools.cache
+def _builder_class(published: Published):
+    """The tfds builder of a set."""
+    # Slow to import: only where a set is opened.
+    import tensorflow_datasets as tfds
 
-
-def masked_info(builder, description: str | None, homepage: str):
-    """Info of a segmentation builder: image and index mask as PNG bytes, and texts."""
-    png = tfds.features.Image(
+    # Declared grey; files with more channels are stored as they are.
+    picture = tfds.features.Image(
         shape=(None, None, 1), dtype=np.uint8, encoding_format="png"
     )
-    texts = {name: tfds.features.Text() for name in ("id", "patient")}
-    return tfds.core.DatasetInfo(
-        builder=builder,
-        description=description,
-        features=tfds.features.FeaturesDict({"image": png, "mask": png, **texts}),
-        homepage=homepage,
+    texts = ("id", "patient", *(published.groups or ()))
+    features = {"image": picture, **{name: tfds.features.Text() for name in texts}}
+    labelled = published.groups is not None
+    if labelled:
+        features["label"] = tfds.features.ClassLabel(names=list(published.classes))
+    else:
+        features["mask"] = picture
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = published.name
+        VERSION = tfds.core.Version("1.0.0")
+        RELEASE_NOTES: ClassVar = {"1.0.0": published.release}
+        # tfds would find this through importlib_resources, which nothing installs.
+        code_path = tfds.core.Path(__file__)
+        source: str | os.PathLike = ""  # the user's own files; '' downloads
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=published.about,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label") if labelled else None,
+                homepage=published.homepage,
+            )
+
+        def _split_generators(self, dl_manager):
+            source = self.source or dl_manager.download(published.url)
+            return {
+                split: self._generate_examples(examples)
+                for split, examples in published.read(source).items()
+            }
+
+        def _generate_examples(self, examples: Examples):
+            for example in examples:
+                yield example["id"], example
+
+    return Builder
+
+
+def _open(
+    published: Published,
+    data_dir: str | os.PathLike,
+    manual_dir: str | os.PathLike,
+    download: bool,
+):
+    """(version, {split: its records, pictures as bytes}), prepared on first use."""
+    import tensorflow_datasets as tfds
+
+    name = published.name
+    if not os.fspath(data_dir):
+        raise UserError(f"{name}: data_dir is empty; name a folder")
+    builder = _builder_class(published)(
+        data_dir=os.fspath(data_dir), file_format=tfds.core.FileFormat.ARRAY_RECORD
     )
-
-
-def manual_or_download(dl_manager, url: str):
-    """The user's own folder or, where there is none, what is fetched from `url`."""
-    try:
-        return dl_manager.manual_dir
-    except AssertionError:  # there is none, or it is empty
-        return dl_manager.download(url)
-
-
-def planes_table(
-    source, table: str, name: str, columns: Sequence[str], classes: Sequence[str]
-) -> tuple[Files, list[dict[str, str]]]:
-    """(files, rows) of a csv of planes with columns Plane, Train and `columns`.
-
-    name: the column of image names; each row gets 'id', that without '.png', and
-    'file', the PNG below the table's folder. Raises UserError for an unknown class, a
-    Train that is not 0 or 1, and an image that is missing or there twice.
-    """
-    files, table = find_table(source, table)
-    rows = read_table(files.read(table), [name, "Plane", "Train", *columns], table)
-    for row in rows:
-        if row["Plane"] not in classes:
-            raise UserError(
-                f"{table}: image {row[name]!r} has the unknown class "
-                f"{row['Plane']!r}; known are {', '.join(map(repr, classes))}"
+    if not builder.is_prepared():
+        builder.source = _own_files(manual_dir)
+        if not builder.source and not download:
+            raise FileNotFoundError(
+                f"{name} is not prepared in {str(data_dir)!r}: give manual_dir=FOLDER "
+                f"with {published.files} or what that unpacks to, or download=True to "
+                f"fetch it from {published.homepage}"
             )
-        if row["Train"] not in ("0", "1"):
-            raise UserError(
-                f"{table}: Train of image {row[name]!r} is {row['Train']!r}, not 0 or 1"
-            )
-        row["id"] = row[name].removesuffix(".png")
-    folder = str(PurePosixPath(table).parent)
-    paths = match_images(files, folder, [row["id"] for row in rows], table)
-    return files, [{**row, "file": paths[row["id"]]} for row in rows]
+        builder.download_and_prepare()
+    pictures = [key for key in ("image", "mask") if key in builder.info.features]
+    raw = {key: tfds.decode.SkipDecoding() for key in pictures}
+    splits = [split for split in ("train", "test") if split in builder.info.splits]
+    return str(builder.version), {
+        split: builder.as_data_source(split=split, decoders=raw) for split in splits
+    }
+
+
+def _own_files(manual_dir: str | os.PathLike) -> str:
+    """The folder, or '' when none is given or it is empty."""
+    if not os.fspath(manual_dir):
+        return ""
+    folder = Path(manual_dir)
+    if not folder.exists():
+        raise FileNotFoundError(f"manual_dir {str(manual_dir)!r} does not exist")
+    return "" if folder.is_dir() and not any(folder.iterdir()) else str(folder)
 
 
 class RecordImages:
@@ -118,88 +166,100 @@ class RecordImages:
         return decode_grey(self.png(index))
 
 
-def open_records(
-    builder_class,
+def load_labelled(
+    published: Published,
     data_dir: str | os.PathLike,
     *,
-    manual_dir: str | os.PathLike,
-    download: bool,
-):
-    """(builder, {split: its records, pictures as bytes}), prepared on first use.
-
-    Raises FileNotFoundError when it is not prepared, `manual_dir` is not given and
-    `download` is off.
-    """
-    if not os.fspath(data_dir):
-        raise UserError(f"{builder_class.name}: data_dir is empty; name a folder")
-    builder = builder_class(
-        data_dir=os.fspath(data_dir), file_format=tfds.core.FileFormat.ARRAY_RECORD
-    )
-    if not builder.is_prepared():
-        if os.fspath(manual_dir) and not Path(manual_dir).exists():
-            raise FileNotFoundError(f"manual_dir {str(manual_dir)!r} does not exist")
-        if not os.fspath(manual_dir) and not download:
-            raise FileNotFoundError(
-                f"{builder.name} is not prepared in {str(data_dir)!r}: give "
-                f"manual_dir=FOLDER with its files, or download=True to fetch it from "
-                f"{builder.info.homepage}"
-            )
-        config = tfds.download.DownloadConfig(manual_dir=os.fspath(manual_dir) or None)
-        builder.download_and_prepare(download_config=config)
-    raw = {
-        name: tfds.decode.SkipDecoding()
-        for name in ("image", "mask")
-        if name in builder.info.features
-    }
-    splits = [name for name in ("train", "test") if name in builder.info.splits]
-    return builder, {s: builder.as_data_source(split=s, decoders=raw) for s in splits}
-
-
-def load_records(
-    builder_class,
-    data_dir: str | os.PathLike,
-    *,
-    manual_dir: str | os.PathLike,
-    download: bool,
-    classes: Sequence[str],
-    groups: Sequence[str],
+    manual_dir: str | os.PathLike = "",
+    download: bool = False,
 ) -> LabelledImages:
-    """The labelled images of a data set; raises what `open_records` raises."""
-    builder, sources = open_records(
-        builder_class, data_dir, manual_dir=manual_dir, download=download
-    )
+    """The labelled images of a set, prepared in `data_dir` on first use.
+
+    manual_dir: folder with the user's archive or unpacked files; otherwise `download`
+    allows fetching it. Raises FileNotFoundError when neither is there, UserError for
+    files that are not as published or a patient in two splits.
+    """
+    version, sources = _open(published, data_dir, manual_dir, download)
     rows = []
     for split, source in sources.items():
         for record in source:
-            texts = {k: record[k].decode() for k in ("id", "patient", *groups)}
-            rows.append({**texts, "label": classes[record["label"]], "split": split})
+            keys = ("id", "patient", *(published.groups or ()))
+            texts = {key: record[key].decode() for key in keys}
+            label = published.classes[record["label"]]
+            rows.append({**texts, "label": label, "split": split})
     images = RecordImages(list(sources.values()))
-    return labelled_images(builder.name, str(builder.version), classes, rows, images)
+    data = labelled_images(published.name, version, published.classes, rows, images)
+    check_patients(data)
+    return data
 
 
-def load_segmented_records(
-    builder_class,
+def load_segmented(
+    published: Published,
     data_dir: str | os.PathLike,
     *,
-    manual_dir: str | os.PathLike,
-    download: bool,
-    classes: Sequence[str],
+    manual_dir: str | os.PathLike = "",
+    download: bool = False,
 ) -> SegmentedImages:
-    """The images and masks of a data set; raises what `open_records` raises."""
-    builder, sources = open_records(
-        builder_class, data_dir, manual_dir=manual_dir, download=download
-    )
+    """The images and masks of a set; no splits are made. As `load_labelled`."""
+    version, sources = _open(published, data_dir, manual_dir, download)
     rows = [
-        {"split": split, **{k: record[k].decode() for k in ("id", "patient")}}
+        {"split": split, **{key: record[key].decode() for key in ("id", "patient")}}
         for split, source in sources.items()
         for record in source
     ]
-    sources = list(sources.values())
+    parts = list(sources.values())
     return segmented_images(
-        builder.name,
-        str(builder.version),
-        classes,
+        published.name,
+        version,
+        published.classes,
         rows,
-        RecordImages(sources),
-        RecordImages(sources, "mask"),
+        RecordImages(parts),
+        RecordImages(parts, "mask"),
     )
+
+
+def planes_examples(
+    source: str | os.PathLike,
+    table: str,
+    *,
+    name: str,
+    classes: Sequence[str],
+    groups: Mapping[str, str],
+    patient: Callable[[dict[str, str]], str],
+) -> dict[str, Examples]:
+    """Examples of a csv of planes with the columns Plane, Train and Patient_num.
+
+    name: the column of image names; the PNGs lie below the table's folder. groups:
+    {name: its column}. patient: a row -> who it is of.
+    Raises UserError for a class that is unknown, a Train that is not 0 or 1, and an
+    image that is missing or there twice.
+    """
+    files, table = find_table(source, table)
+    columns = [name, "Plane", "Train", "Patient_num", *groups.values()]
+    rows = read_table(files.read(table), columns, table)
+    for row in rows:
+        if row["Plane"] not in classes:
+            raise UserError(
+                f"{table}: image {row[name]!r} has the unknown class "
+                f"{row['Plane']!r}; known are {', '.join(map(repr, classes))}"
+            )
+        if row["Train"] not in ("0", "1"):
+            raise UserError(
+                f"{table}: Train of image {row[name]!r} is {row['Train']!r}, not 0 or 1"
+            )
+        row["id"] = row[name].removesuffix(".png")
+    folder = str(PurePosixPath(table).parent)
+    paths = match_images(files, folder, [row["id"] for row in rows], table)
+
+    def examples(flag: str) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            if row["Train"] == flag:
+                yield {
+                    "id": row["id"],
+                    "patient": patient(row),
+                    "image": files.read(paths[row["id"]]),
+                    "label": row["Plane"],
+                    **{key: row[column] for key, column in groups.items()},
+                }
+
+    return {"train": examples("1"), "test": examples("0")}

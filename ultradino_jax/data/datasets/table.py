@@ -65,18 +65,18 @@ def load_csv(
 
 
 def load_class_folders(
-    root: str | os.PathLike,
+    path: str | os.PathLike,
     *,
     classes: Sequence[str] = (),
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
     split_seed: int = 0,
 ) -> LabelledImages:
-    """Images of root/CLASS/... or root/{train,val,test}/CLASS/...
+    """Images of path/CLASS/... or path/{train,val,test}/CLASS/...
 
     Every image is its own patient: where a patient has several, use a csv.
     """
-    source = FolderSource(root)
+    source = FolderSource(path)
     names = [source.record_id(i) for i in range(len(source))]
     by_split = all(name.split("/")[0] in SPLITS for name in names)
     rows = []
@@ -84,14 +84,14 @@ def load_class_folders(
         parts = name.split("/")
         split, parts = (parts[0], parts[1:]) if by_split else ("train", parts)
         if len(parts) < 2:
-            raise UserError(f"{str(root)!r}: {name!r} is not in a folder of a class")
+            raise UserError(f"{str(path)!r}: {name!r} is not in a folder of a class")
         rows.append({"id": name, "patient": name, "label": parts[0], "split": split})
     data = labelled_images(
-        Path(root).resolve().name,
+        Path(path).resolve().name,
         source.digest()[:16],
         tuple(classes) or sorted({row["label"] for row in rows}),
         rows,
-        _FileImages([Path(root) / name for name in names]),
+        _FileImages([Path(path) / name for name in names]),
     )
     return complete_splits(
         data, val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed

@@ -33,17 +33,6 @@ _DECODERS = {
 }
 
 
-def looks_like_dicom(head: bytes) -> bool:
-    """Whether a file's first bytes are DICOM, with or without the 128-byte preamble."""
-    if head[128:132] == b"DICM":
-        return True
-    # Without preamble: starts with a tag of group 0002 or 0008, in either byte order.
-    little, big = head[:2], head[1::-1]
-    return (little in (b"\x02\0", b"\x08\0") or big in (b"\x02\0", b"\x08\0")) and (
-        len(head) >= 8 and head[:4].count(0) >= 2
-    )
-
-
 def read_dicom(data: bytes, fps: float, max_frames: int, any_modality: bool) -> Clip:
     """One DICOM file -> its chosen frames as RGB or grey uint8, tags for the region.
 

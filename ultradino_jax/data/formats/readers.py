@@ -2,21 +2,19 @@
 
 import io
 import os
-import zlib
 
 import cv2
 import numpy as np
 from numpy.lib import format as npy_format
 from PIL import Image
 
-from ultradino_jax.data.formats.dicom import looks_like_dicom, read_dicom
 from ultradino_jax.data.formats.frames import (
-    MAX_BYTES,
     MAX_PIXELS,
     Clip,
     choose_frames,
     stretch,
 )
+from ultradino_jax.data.formats.metaimage import read_metaimage
 from ultradino_jax.data.formats.restricted_pickle import UnsafePickle, load_npy_pickle
 from ultradino_jax.data.formats.unreadable import Unreadable
 
@@ -59,6 +57,17 @@ def kind_of(head: bytes) -> str:
     return ""
 
 
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether a file's first bytes are DICOM, with or without the 128-byte preamble."""
+    if head[128:132] == b"DICM":
+        return True
+    # Without preamble: starts with a tag of group 0002 or 0008, in either byte order.
+    little, big = head[:2], head[1::-1]
+    return (little in (b"\x02\0", b"\x08\0") or big in (b"\x02\0", b"\x08\0")) and (
+        len(head) >= 8 and head[:4].count(0) >= 2
+    )
+
+
 def read_clip(
     data: bytes,
     kind: str,
@@ -72,13 +81,16 @@ def read_clip(
     ultrasound. Raises Unreadable; decoders may raise other errors on damaged files.
     """
     if kind == "dicom":
+        # Slow to import: only where there is one.
+        from ultradino_jax.data.formats.dicom import read_dicom
+
         return read_dicom(data, fps, max_frames, any_modality)
     if kind in _OPENCV:
         return Clip(stretch([_read_still(data, kind)]), [0], 1)
     if kind == "pillow":
         return _read_pillow(data, fps, max_frames)
     if kind == "mha":
-        return _from_array(_read_mha(data), fps, max_frames)
+        return _from_array(read_metaimage(data), fps, max_frames)
     if kind == "npy":
         return _from_array(_read_npy(data), fps, max_frames)
     raise Unreadable("unsupported")
@@ -159,52 +171,6 @@ def _read_npy(data: bytes) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         raise Unreadable("unsupported", "pickle without an image")
     return image
-
-
-_MHA_TYPES = {
-    "MET_CHAR": "i1",
-    "MET_UCHAR": "u1",
-    "MET_SHORT": "i2",
-    "MET_USHORT": "u2",
-    "MET_INT": "i4",
-    "MET_UINT": "u4",
-    "MET_FLOAT": "f4",
-    "MET_DOUBLE": "f8",
-}
-
-
-def _read_mha(data: bytes) -> np.ndarray:
-    """MetaImage with its pixels in the same file -> [N,H,W] or [N,H,W,C]."""
-    fields, position = {}, 0
-    while "ElementDataFile" not in fields:
-        end = data.find(b"\n", position)
-        if end < 0 or position > 2**16:
-            raise Unreadable("unreadable", "header")
-        key, _, value = data[position:end].decode("latin1").partition("=")
-        fields[key.strip()] = value.strip()
-        position = end + 1
-    kind = _MHA_TYPES.get(fields.get("ElementType", ""))
-    if fields["ElementDataFile"] != "LOCAL" or kind is None:
-        raise Unreadable("unsupported", "MetaImage kind")
-    big = "True" in (
-        fields.get("BinaryDataByteOrderMSB"),
-        fields.get("ElementByteOrderMSB"),
-    )
-    dtype = np.dtype((">" if big else "<") + kind)
-    # DimSize runs from the fastest axis: width, height, slices.
-    shape = [int(n) for n in fields["DimSize"].split()][::-1]
-    channels = int(fields.get("ElementNumberOfChannels", 1))
-    if channels > 1:
-        shape.append(channels)
-    wanted = int(np.prod([float(n) for n in shape])) * dtype.itemsize
-    if min(shape) < 1 or wanted > MAX_BYTES:
-        raise Unreadable("too_large")
-    body = data[position:]
-    if fields.get("CompressedData") == "True":
-        body = zlib.decompressobj().decompress(body, wanted)
-    if len(body) < wanted:
-        raise Unreadable("unreadable", "truncated")
-    return np.frombuffer(body[:wanted], dtype).reshape(shape)
 
 
 def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> Clip:

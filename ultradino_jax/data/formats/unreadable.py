@@ -43,3 +43,7 @@ class Unreadable(UserError):
         assert reason in REASONS, reason
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{REASONS[self.reason]}{detail}"

@@ -28,6 +28,7 @@ from ultradino_jax.data.phantom.render import (
     PhantomImage,
     render_phantom,
 )
+from ultradino_jax.whole import whole_file
 
 PER_PATIENT = 12
 # The number after "Plane" in the file names of FETAL_PLANES_DB: it leaks the label.
@@ -78,7 +79,10 @@ def progress(items: Iterable, total: int, what: str) -> Iterator:
 
 def write_csv(path: Path, rows: list, delimiter=",", encoding="utf-8") -> None:
     """Rows, the header first, as text with LF line ends."""
-    with open(path, "w", newline="", encoding=encoding) as file:
+    with (
+        whole_file(path) as fresh,
+        open(fresh, "w", newline="", encoding=encoding) as file,
+    ):
         csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(rows)
 
 

@@ -33,9 +33,11 @@ PLANES = (
     "Fetal femur",
     "Fetal thorax",
 )
-TASKS = ("planes", "fass", "jnu")
 FASS_STRUCTURES = ("artery", "liver", "stomach", "vein")
 JNU_STRUCTURES = ("symphysis", "head")
+# The structures each task has masks of; () is all that the picture shows.
+WANTED = {"planes": (), "fass": FASS_STRUCTURES, "jnu": JNU_STRUCTURES}
+TASKS = tuple(WANTED)
 OPERATORS = ("Op. 1", "Op. 2", "Op. 3", "Other")
 # Scanners of FETAL_PLANES_DB, their shares there, and a look for each.
 MACHINES = {
@@ -137,8 +139,7 @@ def render_phantom(
     plane = _plane(task, seed, number, order)
     probe = _probe(setting(1), machine, patient, plane, task)
     view = imaging.fit_view(probe, size, setting(2))
-    grid = (224, 88) if max(size) <= 256 else (448, 176)
-    brush = Brush(probe, grid)
+    brush = Brush(probe, (224, 88) if max(size) <= 256 else (448, 176))
     brain_plane = "Not A Brain"
     if task == "jnu":
         _paint_labour(brush, scene, patient, order / images_per_patient)
@@ -163,8 +164,7 @@ def render_phantom(
     image, sector = imaging.scan_convert(beams, probe, view, size)
     if overlays:
         imaging.draw_overlays(image, view, brush.calipers, patient.weeks, setting(5))
-    wanted = {"fass": FASS_STRUCTURES, "jnu": JNU_STRUCTURES, "planes": ()}[task]
-    names = wanted or tuple(brush.structures)
+    names = WANTED[task] or tuple(brush.structures)
     masks = _visible_masks(brush.structures, view, sector)
     return PhantomImage(
         image=image,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ultradino_jax.claim import check_same
 from ultradino_jax.data.cache import (
     FORMAT,
     INDEX,
@@ -20,13 +21,13 @@ from ultradino_jax.data.cache import (
     OutputError,
     record_name,
     write_shard,
-    write_whole,
 )
 from ultradino_jax.data.prepare.dedup import ExcludeList, NearIndex
 from ultradino_jax.data.prepare.file import MemberResult
 from ultradino_jax.data.prepare.report import write_report
 from ultradino_jax.data.prepare.scan import Key
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import read_json, whole_file, write_json
 
 DEDUP = ("near", "exact", "none")
 
@@ -98,7 +99,7 @@ class CacheBuilder:
             content = _load(manifest)
             if content.get("format") != FORMAT:
                 raise UserError(f"{manifest}: belongs to something else")
-            _check_plan(content.get("plan"), self._plan, self._root)
+            self._check_plan(content.get("plan") or {})
             shutil.rmtree(self._work, ignore_errors=True)
             return content
         try:
@@ -109,11 +110,11 @@ class CacheBuilder:
             except BlockingIOError:
                 raise UserError(f"{self._root}: another prepare is at work") from None
             if plan.exists():
-                _check_plan(_load(plan), self._plan, self._root)
+                self._check_plan(_load(plan))
             elif [p.name for p in self._root.iterdir()] != [".work"]:
                 raise UserError(f"{self._root}: not empty, and no cache of prepare")
             else:
-                write_whole(plan, _json(self._plan))
+                write_json(plan, self._plan)
         except OSError as error:
             raise OutputError(f"cannot write {self._root}: {error}") from error
         self._resume()
@@ -131,9 +132,19 @@ class CacheBuilder:
                 self._remember(row)
         done = {shard["file"] for shard in self._shards}
         done |= {name.replace(_AR, ".npy") for name in done}
-        for file in self._root.glob("shard-*"):
+        # What was cut off when it was written; earlier versions called it .tmp.
+        for file in (*self._root.glob("shard-*"), *self._root.glob("*.tmp")):
             if file.name not in done:
-                file.unlink()
+                file.unlink(missing_ok=True)
+
+    def _check_plan(self, found: dict) -> None:
+        check_same(
+            found,
+            self._plan,
+            self._root,
+            "a cache",
+            "choose another output, or delete it",
+        )
 
     def _journal(self, number: int) -> Path:
         return self._work / f"{number:05d}.json"
@@ -220,7 +231,7 @@ class CacheBuilder:
             "skipped": self._skipped,
         }
         try:
-            write_whole(self._journal(number), _json(entry))
+            write_json(self._journal(number), entry)
         except OSError as error:
             raise OutputError(f"cannot write {self._work}: {error}") from error
         self._start_shard()
@@ -248,13 +259,16 @@ class CacheBuilder:
             "versions": versions,
         }
         try:
-            with open(self._root / "skipped.jsonl", "w") as file:
+            with (
+                whole_file(self._root / "skipped.jsonl") as fresh,
+                open(fresh, "w") as file,
+            ):
                 for number in range(len(self._shards)):
                     for line in _load(self._journal(number))["skipped"]:
                         file.write(line + "\n")
                 file.writelines(line + "\n" for line in last)
             write_report(self._root, manifest)
-            write_whole(self._root / "manifest.json", _json(manifest))
+            write_json(self._root / "manifest.json", manifest)
         except OSError as error:
             raise OutputError(f"cannot write {self._root}: {error}") from error
         shutil.rmtree(self._work, ignore_errors=True)
@@ -264,30 +278,8 @@ class CacheBuilder:
 _AR = ".array_record"
 
 
-def _json(content: dict) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
 def _load(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-    except ValueError:
-        pass
-    raise UserError(f"{path}: damaged")
-
-
-def _check_plan(found, wanted: dict, root: Path) -> None:
-    if found == wanted:
-        return
-    found = found if isinstance(found, dict) else {}
-    different = [
-        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
-    raise UserError(
-        f"{root} was started from other inputs or options ({'; '.join(different)}): "
-        "choose another output, or delete it"
-    )
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged")
+    return content

@@ -8,8 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ultradino_jax.data.cache import Shards, record_name, write_whole
+from ultradino_jax.data.cache import Shards, record_name
 from ultradino_jax.data.formats.unreadable import REASONS
+from ultradino_jax.whole import write_whole
 
 _TILE, _COLUMNS, _TILES = 128, 10, 80
 
@@ -46,9 +47,9 @@ def write_report(root: Path, manifest: dict) -> None:
         if entry["text_lines"]:
             lines = int(entry["text_lines"])
             text_like.append(json.dumps({"id": record_name(entry), "lines": lines}))
-    write_whole(root / "text_like.jsonl", "".join(t + "\n" for t in text_like).encode())
+    write_whole(root / "text_like.jsonl", "".join(t + "\n" for t in text_like))
     page = _page(manifest, sizes, len(patients), len(text_like))
-    write_whole(root / "report.html", page.encode())
+    write_whole(root / "report.html", page)
 
 
 def _table(title: str, rows) -> str:

@@ -84,11 +84,16 @@ class Key:
             if len(secret) < 32:
                 raise UserError(f"{path}: not a key file of prepare") from None
             return cls(secret)
-        with os.fdopen(descriptor, "w") as file:
-            secret = secrets.token_bytes(32)
-            file.write(secret.hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        # Not written beside and renamed: of two runs that start together, one makes it.
+        secret = secrets.token_bytes(32)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secret.hex() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         return cls(secret)
 
     def hash(self, purpose: str, *parts) -> bytes:

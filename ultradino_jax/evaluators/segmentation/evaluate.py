@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import SPLITS
+from ultradino_jax.data.datasets.open import open_segmented as load_dataset
 from ultradino_jax.data.datasets.segmented import SegmentedImages, make_splits
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import untrained
@@ -46,39 +47,6 @@ ROWS = ("teacher", "random init", *NETWORKS)
 BUDGETS = ("paper", "equal")
 RESIZES = ("stretch", "letterbox")
 PACKAGES = ("jax", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
-
-
-def load_dataset(section: ConfigDict) -> SegmentedImages:
-    """The data set that a config section names, without splits of this project.
-
-    Raises UserError for an unknown name, and what its reader raises.
-    """
-    name = section.name
-    builders = dict(
-        data_dir=section.data_dir,
-        manual_dir=section.manual_dir,
-        download=section.download,
-    )
-    # Imported where needed: the builders bring tensorflow-datasets.
-    if name == "fass":
-        from ultradino_jax.data.datasets.fass import load_fass
-
-        return load_fass(**builders)
-    if name == "jnu_ifm":
-        from ultradino_jax.data.datasets.jnu_ifm import load_jnu_ifm
-
-        return load_jnu_ifm(**builders, group_by=section.group_by)
-    if name == "psfhs":
-        from ultradino_jax.data.datasets.psfhs import load_psfhs
-
-        return load_psfhs(**builders)
-    if name == "folder":
-        from ultradino_jax.data.datasets.masks import load_mask_folders
-
-        return load_mask_folders(section.path, classes=tuple(section.classes))
-    raise UserError(
-        f"data set {name!r} is unknown; choose fass, jnu_ifm, psfhs or folder"
-    )
 
 
 def read_pairs(data: SegmentedImages, preprocess: Preprocess) -> Pairs:

@@ -1,0 +1,65 @@
+"""MetaImage files (.mha) with their pixels in the same file."""
+
+import zlib
+
+import numpy as np
+
+from ultradino_jax.data.formats.frames import MAX_BYTES
+from ultradino_jax.data.formats.unreadable import Unreadable
+
+_TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+
+
+def read_metaimage(data: bytes) -> np.ndarray:
+    """File -> array, the last axis of DimSize first, channels last: [N,H,W] or so.
+
+    Raw or zlib, of any number type. Raises Unreadable.
+    """
+    try:
+        return _read(data)
+    except (Unreadable, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged header or stream leads to
+        raise Unreadable("unreadable", type(error).__name__) from None
+
+
+def _read(data: bytes) -> np.ndarray:
+    fields, position = {}, 0
+    while "ElementDataFile" not in fields:
+        end = data.find(b"\n", position)
+        if end < 0 or position > 2**16:
+            raise Unreadable("unreadable", "header")
+        key, _, value = data[position:end].decode("latin1").partition("=")
+        fields[key.strip()] = value.strip()
+        position = end + 1
+    kind = _TYPES.get(fields.get("ElementType", ""))
+    if fields["ElementDataFile"] != "LOCAL" or kind is None:
+        raise Unreadable("unsupported", "MetaImage kind")
+    big = "True" in (
+        fields.get("BinaryDataByteOrderMSB"),
+        fields.get("ElementByteOrderMSB"),
+    )
+    dtype = np.dtype((">" if big else "<") + kind)
+    # DimSize runs from the fastest axis: width, height, slices.
+    shape = [int(n) for n in fields["DimSize"].split()][::-1]
+    channels = int(fields.get("ElementNumberOfChannels", 1))
+    if channels > 1:
+        shape.append(channels)
+    wanted = int(np.prod([float(n) for n in shape])) * dtype.itemsize
+    if min(shape) < 1 or wanted > MAX_BYTES:
+        raise Unreadable("too_large")
+    body = data[position:]
+    if fields.get("CompressedData") == "True":
+        body = zlib.decompressobj().decompress(body, wanted)
+    if len(body) < wanted:
+        raise Unreadable("unreadable", "truncated")
+    return np.frombuffer(body[:wanted], dtype).reshape(shape)
