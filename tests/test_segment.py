@@ -98,7 +98,7 @@ def test_masks_have_the_size_of_their_images(trained, images, tmp_path):
     before = (out / "a.png.mask.png").stat().st_mtime_ns
     segment(folder, images, out, say=lines.append)
     assert (out / "a.png.mask.png").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="masks made with other mode"):
+    with pytest.raises(ValueError, match="holds masks with .*mode: 'resize'"):
         segment(folder, images, out, mode="window")
 
 

@@ -1,6 +1,5 @@
 """The models that an evaluation trained, found from its results."""
 
-import json
 from pathlib import Path
 
 from ultradino_jax.errors import UserError
@@ -11,6 +10,7 @@ from ultradino_jax.evaluators.classification.classifier import (
 )
 from ultradino_jax.evaluators.segmentation.segmenter import RECORD as SEGMENTER
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
+from ultradino_jax.whole import read_json
 
 _FOLDERS = {CLASSIFIER: "classifier", SEGMENTER: "segmenter"}
 # Of the test figures of a run, where the two kinds of results.json keep them.
@@ -66,10 +66,7 @@ def _results(workdir: Path) -> dict | None:
     file = workdir / "results.json"
     if not file.is_file():
         return None
-    try:
-        results = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+    results = read_json(file)
     return results if "entries" in results else None
 
 

@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.classification import finetune as ft
+from ultradino_jax.evaluators.classification.classifier import NORM_EPS
 from ultradino_jax.evaluators.classification.mixup import soft_cross_entropy
+from ultradino_jax.models.layers import NORM_MOMENTUM, batch_norm
 from ultradino_jax.models.vit import ViT
 
 
@@ -26,7 +31,9 @@ def test_head_equals_the_reference(golden):
     for part in ("train0", "train1", "train2", "eval"):
         train = part != "eval"
         cls, targets = g[f"{part}/input/cls"], g[f"{part}/input/target"]
-        bn, _ = ft.normalise_batch(stats, jnp.asarray(cls), train)
+        bn, *_ = batch_norm(
+            jnp.asarray(cls), *stats, train=train, eps=NORM_EPS, momentum=NORM_MOMENTUM
+        )
         np.testing.assert_allclose(bn, g[f"{part}/out/bn"], atol=2e-6)
         (loss, (logits, new)), grads = grad_fn(
             head, jnp.asarray(cls), stats, targets, train
@@ -124,17 +131,16 @@ def test_intended_rates_are_layerwise_and_the_references_are_not(backbone):
 
 
 def run(backbone, images, workdir, epochs=10, **changes):
-    settings = dict(
-        seed=0,
+    recipe = ft.Recipe(
         batch_size=8,
         epochs=epochs,
         warmup_epochs=1,
         learning_rate=3e-3,
         checkpoint_every=4,
     )
-    settings |= changes
+    recipe = dataclasses.replace(recipe, **changes)
     train, val = images.split("train"), images.split("val")
-    return ft.finetune(backbone, train, val, workdir=workdir, **settings)
+    return ft.finetune(backbone, train, val, recipe, seed=0, workdir=workdir)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +188,23 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     finished = run(backbone, images, tmp_path)
     assert finished.history == again.history
 
-    with pytest.raises(ValueError, match="holds a fine-tuning with another backbone"):
+    with pytest.raises(ValueError, match=r"a fine-tuning with .*\(backbone: "):
         run(untrained(backbone, seed=7), images, tmp_path)
-    with pytest.raises(ValueError, match=r"with another settings: .* there, .* now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0\.001 now"):
         run(backbone, images, tmp_path, learning_rate=1e-3)
+
+
+def test_a_classifier_whose_settings_were_listed_is_the_same_job(
+    tuned, backbone, images, tmp_path
+):
+    """Before they had names, settings were recorded in an order."""
+    run(backbone, images, tmp_path)
+    path = tmp_path / "classifier" / "classifier.json"
+    record = json.loads(path.read_text())
+    record["identity"]["settings"] = [
+        0, "reference", 3e-3, 0.65, 8, 10, 1, False,
+    ]  # fmt: skip
+    path.write_text(json.dumps(record))
+    assert run(backbone, images, tmp_path).history == tuned.history
+    with pytest.raises(ValueError, match=r"settings\.epochs: 10 there, 9 now"):
+        run(backbone, images, tmp_path, epochs=9)

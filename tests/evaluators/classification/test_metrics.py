@@ -3,6 +3,7 @@ import pytest
 from scipy.stats import bootstrap
 from sklearn import metrics as sk
 
+from ultradino_jax.evaluators.bootstrap import resampled_weights
 from ultradino_jax.evaluators.classification import metrics
 
 
@@ -88,7 +89,7 @@ def test_bootstrap_of_macro_f1_equals_a_plain_loop():
     ours = metrics.bootstrap_interval(labels, predictions, patients, 5, replicates=50)
     names = np.unique(patients)
     values = []
-    for counts in metrics.resampled_weights(len(names), 50, 0):
+    for counts in resampled_weights(len(names), 50, 0):
         rows = [np.flatnonzero(patients == p) for p in np.repeat(names, counts)]
         rows = np.concatenate(rows)
         values.append(sk.f1_score(labels[rows], predictions[rows], average="macro"))

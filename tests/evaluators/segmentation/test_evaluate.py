@@ -22,7 +22,6 @@ from ultradino_jax.evaluators.segmentation.evaluate import (
     evaluate,
     make_rows,
     read_pairs,
-    steps_of,
 )
 from ultradino_jax.evaluators.segmentation.metrics import pixel_counts
 from ultradino_jax.evaluators.segmentation.segmenter import (
@@ -30,8 +29,10 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     usable_backbone,
     with_drop_path,
 )
+from ultradino_jax.evaluators.segmentation.settings import read_settings
 from ultradino_jax.evaluators.segmentation.train import (
     Pairs,
+    Recipe,
     pair_batches,
     train_segmenter,
 )
@@ -205,7 +206,7 @@ def test_an_image_seen_in_pretraining_is_found_in_every_runs_split(place, tmp_pa
 
 def test_a_workdir_of_another_setting_is_refused(place, finished):
     config = small_config(place, **{"train.learning_rate": 1e-3})
-    with pytest.raises(ValueError, match="segmentation with another settings"):
+    with pytest.raises(ValueError, match=r"settings\.learning_rate: 0\.0001 there, "):
         evaluate(config, place / "run", place / "out", say=lambda _: None)
 
 
@@ -240,14 +241,20 @@ def squares(n, side=32, seed=0):
 def test_training_learns_squares(tmp_path):
     """Far above the predictors that look at no image, which reach 0.46."""
     backbone = make_rows(
-        fass.get_config("n20"), usable_backbone(small_backbone(), "drop")
+        read_settings(fass.get_config("n20")),
+        usable_backbone(small_backbone(), "drop"),
     )["random init"]
     test = squares(24, seed=9)
     _, history = train_segmenter(
-        backbone, squares(24), test, ("background", "square"), seed=0,
-        workdir=tmp_path, split_hash="s", steps=120, warmup_steps=5, batch_size=16,
-        learning_rate=1e-2, drop_path=0.1, validate_every=40, name="squares",
-    )  # fmt: skip
+        backbone,
+        squares(24),
+        test,
+        ("background", "square"),
+        Recipe(120, 5, 16, 1e-2, drop_path=0.1, validate_every=40),
+        seed=0,
+        workdir=tmp_path,
+        split_hash="s",
+    )
     assert max(h["val_dice"] for h in history) > 0.75
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
 
@@ -283,11 +290,15 @@ def test_registers_scratch_and_drop_path():
     assert set(kept.params) - set(dropped.params) == {"register_tokens"}
     with pytest.raises(ValueError, match="registers='none'"):
         usable_backbone(backbone, "none")
-    scratch = make_rows(fass.get_config("n20"), dropped)["random init"]
+    scratch = make_rows(read_settings(fass.get_config("n20")), dropped)["random init"]
     assert np.allclose(scratch.params["blocks"]["ls1"]["gamma"], 1.0)
     model = with_drop_path(ViT(16, 12, 2), 0.4)
     np.testing.assert_allclose(model.drop_path, 0.4 * np.arange(12) / 11)
     assert with_drop_path(USFM(), 0.4).drop_path == 0.2
+
+
+def steps_of(config, row):
+    return read_settings(config).recipes[row].steps
 
 
 def test_budgets_are_the_papers():

@@ -9,6 +9,7 @@ from einops import rearrange
 from scipy.spatial.distance import cdist
 from sklearn.metrics import f1_score, jaccard_score
 
+from ultradino_jax.evaluators.bootstrap import interval
 from ultradino_jax.evaluators.classification.augment import (
     add_noise,
     brightness_contrast,
@@ -216,7 +217,7 @@ def test_pooled_metrics_equal_reference(golden, sub, case):
 
 def bootstrap(counts, patients, replicates=2000):
     statistic = metrics.mean_foreground_dice
-    return metrics.interval(
+    return interval(
         metrics.bootstrap_replicates(counts, patients, statistic, replicates=replicates)
     )
 
