@@ -1,5 +1,8 @@
 """Loss, schedule, augmentation and metrics against the reference's arrays and SciPy."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,15 +35,27 @@ from ultradino_jax.evaluators.segmentation.results import (
 from ultradino_jax.models.upernet import resize
 from ultradino_jax.schedules import warmup_linear
 
-LOSS_CASES = ("ign5", "noign5", "allign3", "bgonly5", "lowres5", "saturated5")
-METRIC_CASES = (
-    "all5", "absent_both", "absent_label", "absent_pred", "over3", "bgonly", "perfect3",
-)  # fmt: skip
+
+def cases(g, sub):
+    """The named cases of a golden file, one after the other."""
+    names = json.loads(str(g["meta"]))["cases"]
+    assert names
+    return {name: sub(g, f"{name}/") for name in names}
 
 
-@pytest.mark.parametrize("case", LOSS_CASES)
-def test_losses_and_gradients_equal_reference(golden, sub, case):
-    g = sub(golden("seg_loss"), f"{case}/")
+def numbered(g, kind, sub):
+    """The cases kind0, kind1, .. of a golden file."""
+    names = {m[0] for key in g if (m := re.match(rf"{kind}\d+(?=/)", key))}
+    assert names
+    return [sub(g, f"{name}/") for name in sorted(names)]
+
+
+def test_losses_and_gradients_equal_reference(golden, sub):
+    for g in cases(golden("seg_loss"), sub).values():
+        losses_equal(g)
+
+
+def losses_equal(g):
     labels = jnp.asarray(g["label"])
     logits = rearrange(jnp.asarray(g["logits"]), "b c h w -> b h w c")
 
@@ -65,18 +80,19 @@ def test_unknown_dice_is_refused():
 
 def test_learning_rates_equal_the_reference_schedulers(golden):
     g = golden("seg_optim")
-    settings = {
-        "schedule_20k_v3": (1500, 20_000, 1e-6),
-        "schedule_45k_v3": (1500, 45_000, 1e-6),
-        "schedule_20k_usfm_ours": (1000, 20_000, 5e-5),
-        "schedule_20k": (1000, 20_000, 1e-6),
-    }
-    for name, (warmup, total, start) in settings.items():
-        step, rate = g[f"{name}/iter"], g[f"{name}/lr"]
+    settings = json.loads(str(g["meta"]))
+    names = [key.split("/")[0] for key in g if key.endswith("/iter")]
+    assert names
+    for name in names:
+        step, rate, facts = g[f"{name}/iter"], g[f"{name}/lr"], settings[name]
         ours = warmup_linear(
-            step, warmup=warmup, total=total, start=start, decay_from=1500
+            step,
+            warmup=facts["warm_end"],
+            total=facts["T"],
+            start=facts["start_factor"],
+            decay_from=facts["poly_begin"],
         )
-        np.testing.assert_allclose(ours, rate / rate.max(), atol=2e-6)
+        np.testing.assert_allclose(ours, rate / facts["base_lr"], atol=2e-6)
 
 
 def test_adamw_equals_torch(golden):
@@ -101,35 +117,35 @@ def assert_pixels(ours, theirs):
     assert difference.max() <= 4 and (difference > 1).mean() <= 0.016
 
 
-@pytest.mark.parametrize("i", range(7))
-def test_affine_equals_reference(golden, sub, i):
+def test_affine_equals_reference(golden, sub):
     g = golden("seg_augment")
-    case = sub(g, f"affine{i}/")
-    scale, rotate, shear_x, shear_y, x, y = case["params"]
-    matrix = affine_matrix(
-        g["mask"].shape,
-        scale=scale,
-        rotate=rotate,
-        shear_x=shear_x,
-        shear_y=shear_y,
-        translate_x=x,
-        translate_y=y,
-    )
-    np.testing.assert_allclose(matrix, case["matrix"], atol=1e-12)
-    image, mask = affine(g["image"], g["mask"], matrix)
-    assert_pixels(image, case["image"])
-    assert (mask != case["mask"]).mean() < 0.002
+    for case in numbered(g, "affine", sub):
+        scale, rotate, shear_x, shear_y, x, y = case["params"]
+        matrix = affine_matrix(
+            g["mask"].shape,
+            scale=scale,
+            rotate=rotate,
+            shear_x=shear_x,
+            shear_y=shear_y,
+            translate_x=x,
+            translate_y=y,
+        )
+        np.testing.assert_allclose(matrix, case["matrix"], atol=1e-12)
+        image, mask = affine(g["image"], g["mask"], matrix)
+        assert_pixels(image, case["image"])
+        assert (mask != case["mask"]).mean() < 0.002
 
 
-@pytest.mark.parametrize("i", range(3))
-def test_grid_distortion_equals_reference(golden, sub, i):
+def test_grid_distortion_equals_reference(golden, sub):
     g = golden("seg_augment")
-    case = sub(g, f"grid{i}/")
-    image, mask = grid_distortion(
-        g["image"][:, :, None], g["mask"], case["stepsx"], case["stepsy"]
-    )
-    assert_pixels(image[:, :, 0], case["image_seg"])
-    assert (mask != case["mask_seg"]).mean() < 0.002
+    for case in numbered(g, "grid", sub):
+        image, mask = grid_distortion(
+            g["image"][:, :, None], g["mask"], case["stepsx"], case["stepsy"]
+        )
+        assert_pixels(image[:, :, 0], case["image_seg"])
+        assert (mask != case["mask_seg"]).mean() < 0.002
+        axis = grid_axis(g["image"].shape[1], case["stepsx"])
+        np.testing.assert_allclose(axis, case["map_x"], atol=1e-4)
 
 
 def test_whole_chain_equals_reference(golden, sub):
@@ -190,15 +206,15 @@ def test_reference_translation_is_one_sided(monkeypatch):
         augment_pair(image, mask, np.random.default_rng(0), "left")
 
 
-@pytest.mark.parametrize("case", METRIC_CASES)
-def test_pooled_metrics_equal_reference(golden, sub, case):
-    g = sub(golden("seg_metric"), f"{case}/")
+def test_pooled_metrics_equal_reference(golden, sub):
+    for g in cases(golden("seg_metric"), sub).values():
+        pooled_metrics_equal(g)
+
+
+def pooled_metrics_equal(g):
     y = int(g["num_classes"])
-    counts = np.stack(
-        [metrics.pixel_counts(*pair, y) for pair in zip(g["pred"], g["label"],
-                                                       strict=True)]
-    )  # fmt: skip
-    pooled = counts.sum(axis=0)
+    pairs = zip(g["pred"], g["label"], strict=True)
+    pooled = np.sum([metrics.pixel_counts(*pair, y) for pair in pairs], axis=0)
     np.testing.assert_array_equal(pooled[:, 0], g["area_intersect"])
     np.testing.assert_array_equal(pooled[:, 1], g["area_pred"])
     np.testing.assert_array_equal(pooled[:, 2], g["area_label"])
@@ -334,8 +350,3 @@ def test_bootstrap_resamples_patients():
     assert wide[0] < mean < wide[1]
     runs = bootstrap(np.stack([counts, counts]), patients)
     assert runs == pytest.approx(wide)
-
-
-def test_grid_axis_is_the_references(golden, sub):
-    case = sub(golden("seg_augment"), "grid0/")
-    np.testing.assert_allclose(grid_axis(64, case["stepsx"]), case["map_x"], atol=1e-4)
