@@ -25,6 +25,8 @@ from ultradino_jax.models.upernet import UperNet
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.segment import class_scores, segment, window_starts
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CLASSES = ("background", "head", "other")
 
 

@@ -60,7 +60,7 @@ def test_compare_reads_what_was_written(written, capsys):
     main([str(path), str(path), "--entry-b", "raw pixels/linear"])
     printed = capsys.readouterr().out
     assert "60 test images of 5 patients" in printed and "macro F1" in printed
-    with pytest.raises(ValueError, match="choose one entry of teacher/linear, raw pix"):
+    with pytest.raises(SystemExit, match="choose one entry of teacher/linear, raw pix"):
         main([str(path), str(path), "--entry-a", "student/linear"])
 
 

@@ -32,6 +32,8 @@ from ultradino_jax.models.unetr import UNETR
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.segment import segment
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[3]
 CLASSES = ("background", "square")
 SMALL = {

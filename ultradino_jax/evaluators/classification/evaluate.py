@@ -49,7 +49,10 @@ def make_rows(settings: Settings, backbone: Backbone) -> dict[str, Backbone]:
     }
     # There is nothing to fine-tune in pixels.
     left_out = ("raw pixels",) if settings.mode == "finetune" else ()
-    return {name: make[name]() for name in settings.rows if name not in left_out}
+    rows = {name: make[name]() for name in settings.rows if name not in left_out}
+    if not rows:
+        raise UserError("raw pixels cannot be fine-tuned; choose another row")
+    return rows
 
 
 def evaluate(

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from ultradino_jax.backbone import Backbone
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.evaluators.segmentation.augment import augment_pair
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.evaluators.segmentation.metrics import mean_dice, pixel_counts
@@ -221,8 +221,7 @@ def train_segmenter(
 
     The state is kept in `workdir` while it trains; running it again goes on from there,
     or returns at once when it had ended. Raises UserError when the workdir belongs to
-    another backbone, split or setting, when the warm-up is not shorter than the
-    training, or when the loss is not finite.
+    another training, when the warm-up is too long, or when the loss is not finite.
     """
     steps, batch_size = recipe.steps, recipe.batch_size
     if not 0 < recipe.warmup_steps < steps:
@@ -236,14 +235,15 @@ def train_segmenter(
         segmenter, record = load_segmenter(job.workdir)
         job.check(record["identity"])
         return segmenter, record["history"]
-    model = segmentation_model(
-        backbone, len(classes), norm=recipe.norm, head_channels=recipe.head_channels
-    )
+    with as_user_error():
+        model = segmentation_model(
+            backbone, len(classes), norm=recipe.norm, head_channels=recipe.head_channels
+        )
+        variables = initial_variables(model, backbone, seed)
     segmenter = Segmenter(backbone, model, None, tuple(classes), recipe.letterbox)
     optimizer = make_optimizer(
         recipe.learning_rate, recipe.warmup_steps, steps, recipe.weight_decay
     )
-    variables = initial_variables(model, backbone, seed)
     by_row, everywhere = row_sharding(batch_size)
     state = SegmentationState(variables, optimizer.init(variables["params"]))
     if isinstance(backbone, Backbone):
