@@ -1,4 +1,4 @@
-"""Loss, schedule, augmentation and metrics against the reference's arrays and SciPy."""
+"""Loss, schedule, augmentation and overlays against the reference's arrays."""
 
 import json
 import re
