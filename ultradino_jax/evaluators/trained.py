@@ -8,6 +8,7 @@ from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
     load_classifier,
 )
+from ultradino_jax.evaluators.evaluation import seed_folder
 from ultradino_jax.evaluators.segmentation.segmenter import RECORD as SEGMENTER
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
 from ultradino_jax.whole import read_json
@@ -36,7 +37,7 @@ def trained_folder(path: str | Path) -> Path | None:
     for entry in results["entries"].values():
         found = []
         for run in entry["runs"]:
-            folder = path / entry["row"].replace(" ", "_") / f"seed{run['seed']}"
+            folder = seed_folder(path, entry["row"], run["seed"])
             if (place := trained_folder(folder)) is not None:
                 found.append((run["val"], place))
         if found:
@@ -72,13 +73,13 @@ def _results(workdir: Path) -> dict | None:
 
 def _facts(folder: Path) -> dict:
     """What results.json says of the run whose model is WORKDIR/row/seedN/folder."""
-    seed, row = folder.parent.name, folder.parent.parent.name
-    results = _results(folder.parents[2])
+    workdir = folder.parents[2]
+    results = _results(workdir)
     if results is None:
         return {}
     for entry in results["entries"].values():
         for run in entry["runs"]:
-            if (entry["row"].replace(" ", "_"), f"seed{run['seed']}") != (row, seed):
+            if seed_folder(workdir, entry["row"], run["seed"]) != folder.parent:
                 continue
             test = run["test"]
             pooled = test.get("pooled", {})
