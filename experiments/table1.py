@@ -107,16 +107,14 @@ def run_cell(args, row: Row, column: Column, say) -> None:
     if claim(folder, config, checkpoint) is not None:
         return
     if config.task == "classification":
-        from ultradino_jax.data.datasets.open import load_dataset
+        from ultradino_jax.data.datasets.open import open_labelled as open_images
         from ultradino_jax.evaluators.classification.evaluate import evaluate
     else:
-        from ultradino_jax.evaluators.segmentation.evaluate import (
-            evaluate,
-            load_dataset,
-        )
+        from ultradino_jax.data.datasets.open import open_segmented as open_images
+        from ultradino_jax.evaluators.segmentation.evaluate import evaluate
 
     with one_at_a_time(args.data / "prepared"):
-        load_dataset(config.data)
+        open_images(config.data)
     if row.run == "nnunet":
         run_nnunet(args, config, folder, say)
     else:

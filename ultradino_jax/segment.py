@@ -11,18 +11,20 @@ the indices mean. Run it again after an interruption and it goes on.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.claim import claim
+from ultradino_jax.cli import boundary
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation.results import overlay
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
+from ultradino_jax.whole import whole_file
 
 MODES = ("resize", "window")
 
@@ -101,7 +103,7 @@ def segment(
         "mode": mode,
         "segmenter": hashlib.sha256(text.encode()).hexdigest(),
     }
-    _claim(output / "classes.json", facts)
+    claim(output / "classes.json", facts, "masks", "choose another folder")
     failed = 0
     progress = Progress("segment", len(source), unit="img")
     for i in range(len(source)):
@@ -123,26 +125,11 @@ def segment(
             grey = np.asarray(image).mean(axis=-1).astype(np.uint8)
             picture = Image.fromarray(overlay(grey, mask))
             picture.save(target.with_name(f"{name.name}.overlay.png"))
-        temporary = target.with_name(target.name + ".tmp")
-        Image.fromarray(mask).save(temporary, "PNG")
-        temporary.replace(target)
+        with whole_file(target) as fresh:
+            Image.fromarray(mask).save(fresh, "PNG")
         progress.update(i + 1)
     progress.close()
     return {"images": len(source) - failed, "failed": failed}
-
-
-def _claim(path: Path, facts: dict) -> None:
-    """Note what the masks are, or make sure that those there are the same."""
-    facts = json.loads(json.dumps(facts))
-    if path.is_file():
-        before = json.loads(path.read_text())
-        differing = sorted(k for k in facts if before.get(k) != facts[k])
-        if differing:
-            raise UserError(
-                f"{str(path.parent)!r} holds masks made with other "
-                f"{', '.join(differing)}; choose another folder"
-            )
-    path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def main(argv=None) -> None:
@@ -155,7 +142,7 @@ def main(argv=None) -> None:
     parser.add_argument("--mode", choices=MODES, default="resize")
     parser.add_argument("--overlays", action="store_true")
     flags = parser.parse_args(argv)
-    try:
+    with boundary():
         counts = segment(
             flags.checkpoint,
             flags.input,
@@ -163,8 +150,6 @@ def main(argv=None) -> None:
             mode=flags.mode,
             overlays=flags.overlays,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{counts['images']} masks in {flags.output}, {counts['failed']} left out")
 
 

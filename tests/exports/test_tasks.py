@@ -195,7 +195,7 @@ def test_results_without_models_are_named(tmp_path):
     with pytest.raises(ValueError, match="results of knn and no trained model"):
         trained_folder(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"results\.json' is cut or not JSON"):
         trained_folder(tmp_path)
     assert load_trained(tmp_path / "elsewhere") is None
 

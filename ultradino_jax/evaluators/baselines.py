@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import reduce
 
 from ultradino_jax.backbone import Backbone
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.models.vit import ViTOutput, build_vit
 from ultradino_jax.normalization import FUS
 
@@ -38,7 +38,8 @@ def from_scratch(
         raise UserError(
             f"image size {side} is not a multiple of the patch size {patch_size}"
         )
-    model = build_vit(arch, patch_size=patch_size, image_size=side)
+    with as_user_error():
+        model = build_vit(arch, patch_size=patch_size, image_size=side)
     images = jnp.zeros((1, side, side, channels))
     params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
     mean, std = (values * channels for values in FUS)

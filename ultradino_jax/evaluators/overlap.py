@@ -1,6 +1,5 @@
 """Are images of an evaluation among those that the backbone was pretrained on?"""
 
-import json
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -9,6 +8,7 @@ from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages
 from ultradino_jax.data.prepare.dedup import pixel_sha256
 from ultradino_jax.data.sources import BadImage, CacheSource, open_source
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import read_json
 
 
 def pretraining_source(checkpoint: str | Path):
@@ -23,7 +23,7 @@ def pretraining_source(checkpoint: str | Path):
     else:
         return None, "there is no config.json of a pretraining run beside it"
     try:
-        data = json.loads((folder / "config.json").read_text())["data"]
+        data = read_json(folder / "config.json")["data"]
         if not data["root"]:
             return None, "it was pretrained on the built-in phantom"
         source = open_source(
@@ -61,7 +61,7 @@ def overlapping_images(source, root, data: LabelledImages) -> np.ndarray:
 def cache_hashes(root: str | Path) -> set[bytes]:
     """Pixel hashes of the frames that the records of a prepared cache were cut from."""
     root = Path(root)
-    shards = json.loads((root / "manifest.json").read_text())["shards"]
+    shards = read_json(root / "manifest.json")["shards"]
     indexes = (np.load((root / s["file"]).with_suffix(".npy")) for s in shards)
     return {row.tobytes() for index in indexes for row in index["sha256"]}
 

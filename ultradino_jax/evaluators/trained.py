@@ -1,6 +1,5 @@
 """The models that an evaluation trained, found from its results."""
 
-import json
 from pathlib import Path
 
 from ultradino_jax.errors import UserError
@@ -9,8 +8,10 @@ from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
     load_classifier,
 )
+from ultradino_jax.evaluators.evaluation import seed_folder
 from ultradino_jax.evaluators.segmentation.segmenter import RECORD as SEGMENTER
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
+from ultradino_jax.whole import read_json
 
 _FOLDERS = {CLASSIFIER: "classifier", SEGMENTER: "segmenter"}
 # Of the test figures of a run, where the two kinds of results.json keep them.
@@ -36,7 +37,7 @@ def trained_folder(path: str | Path) -> Path | None:
     for entry in results["entries"].values():
         found = []
         for run in entry["runs"]:
-            folder = path / entry["row"].replace(" ", "_") / f"seed{run['seed']}"
+            folder = seed_folder(path, entry["row"], run["seed"])
             if (place := trained_folder(folder)) is not None:
                 found.append((run["val"], place))
         if found:
@@ -66,22 +67,19 @@ def _results(workdir: Path) -> dict | None:
     file = workdir / "results.json"
     if not file.is_file():
         return None
-    try:
-        results = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+    results = read_json(file)
     return results if "entries" in results else None
 
 
 def _facts(folder: Path) -> dict:
     """What results.json says of the run whose model is WORKDIR/row/seedN/folder."""
-    seed, row = folder.parent.name, folder.parent.parent.name
-    results = _results(folder.parents[2])
+    workdir = folder.parents[2]
+    results = _results(workdir)
     if results is None:
         return {}
     for entry in results["entries"].values():
         for run in entry["runs"]:
-            if (entry["row"].replace(" ", "_"), f"seed{run['seed']}") != (row, seed):
+            if seed_folder(workdir, entry["row"], run["seed"]) != folder.parent:
                 continue
             test = run["test"]
             pooled = test.get("pooled", {})

@@ -11,13 +11,29 @@ NORM_EPS, NORM_MOMENTUM = 1e-5, 0.1
 NORMS = ("none", "batch")
 
 
-class BatchNorm(nn.Module):
-    """Batch norm over all but the last axis, with torch's bookkeeping.
+def batch_norm(x, mean, var, *, train: bool, eps: float, momentum: float):
+    """Batch norm of [..,C] without gain: (normalised, running mean, running var).
 
-    A batch is normalised by its biased variance; the running variance takes the
-    unbiased one (Flax's own takes the biased). On a global array the statistics are
-    those of the whole batch, as SyncBatchNorm's. use_scale: whether there is a gain.
+    mean, var: running statistics [C], used when not training. A batch is normalised by
+    its biased variance; the running variance takes the unbiased one, as torch's
+    (Flax's own takes the biased). On a global array the statistics are those of the
+    whole batch, as SyncBatchNorm's.
     """
+    if not train:
+        return (x - mean) * jax.lax.rsqrt(var + eps), mean, var
+    axes = tuple(range(x.ndim - 1))
+    now, spread = x.mean(axes), x.var(axes)
+    n, keep = x.size // x.shape[-1], 1 - momentum
+    unbiased = spread * n / max(n - 1, 1)
+    return (
+        (x - now) * jax.lax.rsqrt(spread + eps),
+        keep * mean + momentum * now,
+        keep * var + momentum * unbiased,
+    )
+
+
+class BatchNorm(nn.Module):
+    """`batch_norm` with its own statistics, bias and, by use_scale, gain."""
 
     use_scale: bool = True
 
@@ -31,16 +47,17 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (d,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (d,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (d,))
-        mean, var = running_mean.value, running_var.value
-        if train:
-            axes = tuple(range(x.ndim - 1))
-            mean, var = x.mean(axes), x.var(axes)
-            n, keep = x.size // d, 1 - NORM_MOMENTUM
-            if not self.is_initializing():
-                unbiased = var * n / max(n - 1, 1)
-                running_mean.value = keep * running_mean.value + NORM_MOMENTUM * mean
-                running_var.value = keep * running_var.value + NORM_MOMENTUM * unbiased
-        return (x - mean) * jax.lax.rsqrt(var + NORM_EPS) * scale + bias
+        y, mean, var = batch_norm(
+            x,
+            running_mean.value,
+            running_var.value,
+            train=train,
+            eps=NORM_EPS,
+            momentum=NORM_MOMENTUM,
+        )
+        if train and not self.is_initializing():
+            running_mean.value, running_var.value = mean, var
+        return y * scale + bias
 
 
 class Upsample(nn.Module):

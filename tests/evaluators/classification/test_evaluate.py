@@ -17,29 +17,27 @@ from sklearn.metrics import f1_score
 
 from configs.fetal_planes import get_config
 from ultradino_jax.backbone import Backbone, save_backbone
-from ultradino_jax.data.datasets.labelled import labelled_images
-from ultradino_jax.data.datasets.open import load_dataset
+from ultradino_jax.data.datasets.open import open_labelled
 from ultradino_jax.data.phantom.layouts import write_african, write_fetal_planes
-from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.evaluators.classification.classifier import load_classifier
-from ultradino_jax.evaluators.classification.compare import compare, main, read_entry
 from ultradino_jax.evaluators.classification.evaluate import evaluate
-from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.models.vit import ViT
-from ultradino_jax.prepare import prepare
 from ultradino_jax.weights.load import load_backbone
 
 tfds.disable_progress_bar()
 ROOT = Path(__file__).parents[3]
 
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, one_device):
     """Folder with the phantom downloads, a data_dir and an exported backbone."""
     place = tmp_path_factory.mktemp("evaluation")
     write_fetal_planes(place / "download", 10, size=32)
     write_african(place / "african", 10, size=32)
-    model = ViT(16, 4, 2, patch_size=8, image_size=16, num_registers=1, layerscale=1.0)
+    model = ViT(16, 2, 2, patch_size=8, image_size=16, num_registers=1, layerscale=1.0)
     params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
     backbone = Backbone(model, params, 16, 1, (0.2,), (0.2,), name="small")
     save_backbone(place / "run" / "backbone", backbone)
@@ -176,7 +174,8 @@ def test_external_figures_are_those_of_the_shared_classes(place, cached):
 
 
 def test_the_same_config_gives_the_same_numbers(place, cached):
-    again, _ = run(place, "again", "linear", **{"linear.recipe": "cached"})
+    changes = {"linear.recipe": "cached", "rows": ("teacher", "raw pixels")}
+    again, _ = run(place, "again", "linear", **changes)
     for label, entry in again["entries"].items():
         before = cached[0]["entries"][label]
         assert entry["summary"] == before["summary"]
@@ -185,10 +184,8 @@ def test_the_same_config_gives_the_same_numbers(place, cached):
 
 @pytest.mark.parametrize("mode", ["knn", "logreg"])
 def test_deterministic_modes_run_once(place, mode):
-    results, _ = run(place, mode, mode)
-    assert list(results["entries"]) == [
-        f"{row}/{mode}" for row in ("teacher", "random init", "raw pixels")
-    ]
+    results, _ = run(place, mode, mode, rows=("teacher", "raw pixels"))
+    assert list(results["entries"]) == [f"teacher/{mode}", f"raw pixels/{mode}"]
     for entry in results["entries"].values():
         assert len(entry["runs"]) == 1 and entry["summary"]["macro_f1"]["std"] is None
     choice = results["entries"]["teacher/" + mode]["runs"][0]["choice"]
@@ -218,7 +215,7 @@ def assert_kept_model_gives_the_predictions(workdir, row, method):
         for r in read_predictions(workdir)
         if (r["entry"], r["seed"], r["set"]) == (f"{row}/{method}", "0", "test")
     ]
-    data = load_dataset(small_config(workdir.parent, method).data).split("test")
+    data = open_labelled(small_config(workdir.parent, method).data).split("test")
     assert [r["id"] for r in lines[:9]] == list(data.ids[:9])
     preprocess = classifier.preprocess
     images = np.stack([preprocess.resize(np.asarray(data[i])) for i in range(9)])
@@ -268,7 +265,7 @@ def test_bad_settings_are_named(place, tmp_path):
         run(place, "x", "knn", rows=("student",))
     with pytest.raises(FileNotFoundError, match=r"checkpoint '.*gone' does not exist"):
         evaluate(small_config(place, "knn"), place / "gone", place / "x")
-    with pytest.raises(ValueError, match=r"16 wide with 4 blocks, 'small' is 384 wide"):
+    with pytest.raises(ValueError, match=r"16 wide with 2 blocks, 'small' is 384 wide"):
         run(place, "x", "knn", **{"model.arch": "small"})
     with pytest.raises(ValueError, match="method 'svm': choose one of linear, knn"):
         run(place, "x", "fewshot", **{"fewshot.methods": ("svm",)})
@@ -290,138 +287,6 @@ def test_external_classes_must_be_known(place, tmp_path):
     path = {"external.name": "csv", "external.path": str(tmp_path / "t.csv")}
     with pytest.raises(ValueError, match="'Fetal heart' is not among the 6 classes"):
         run(place, "x", "knn", **path)
-
-
-# --- images seen in pretraining -------------------------------------------------------
-
-
-def pretrained_on(tmp_path, root, list_file=""):
-    config = {"data": {"root": str(root), "list_file": list_file}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path / "backbone"
-
-
-@pytest.fixture(scope="module")
-def data(place):
-    return load_dataset(small_config(place, "knn").data)
-
-
-def test_test_images_in_pretraining_stop_the_run(place, data, tmp_path):
-    """A list of the odd (training) patients passes, the whole folder does not."""
-    images = place / "download" / "FETAL_PLANES_ZENODO" / "Images"
-    whole = pretrained_on(tmp_path, images)
-    with pytest.raises(ValueError, match="72 validation or test images of fetal_pla"):
-        check_overlap(whole, data, allowed=False)
-    counts = check_overlap(whole, data, allowed=True, say=lambda line: None)
-    assert counts == {"checked": True, "train": 48, "val": 12, "test": 60}
-    training = data.ids[data.splits == "train"]
-    names = tmp_path / "names.txt"
-    names.write_text("\n".join(f"{name}.png" for name in training[:30]))
-    listed = pretrained_on(tmp_path, images, str(names))
-    counts = check_overlap(listed, data, allowed=False, say=lambda line: None)
-    assert counts == {"checked": True, "train": 30, "val": 0, "test": 0}
-
-
-def test_files_of_the_same_name_are_compared_by_pixels(data, tmp_path):
-    for name in data.ids[:4]:
-        Image.new("L", (32, 32)).save(tmp_path / f"{name}.png")
-    checkpoint = pretrained_on(tmp_path, tmp_path)
-    counts = check_overlap(checkpoint, data, allowed=False, say=lambda line: None)
-    assert counts == {"checked": True, "train": 0, "val": 0, "test": 0}
-
-
-def test_a_prepared_cache_is_asked_by_hash(tmp_path):
-    pictures = [render_phantom(i, seed=9, size=(64, 80)).image for i in range(4)]
-    rows = [
-        {"id": f"image{i}", "label": "a", "patient": str(i), "split": "test"}
-        for i in range(4)
-    ]
-    data = labelled_images("pictures", "1", ("a",), rows, pictures.__getitem__)
-    source = tmp_path / "renamed"
-    source.mkdir()
-    for i in (1, 3):  # renamed: only the pixels can tell
-        Image.fromarray(pictures[i]).convert("RGB").save(source / f"{9 - i}.png")
-    prepare(source, tmp_path / "cache", workers=0, short_side=32, progress=False)
-    checkpoint = pretrained_on(tmp_path, tmp_path / "cache")
-    with pytest.raises(ValueError, match="2 validation or test .* first 'image1'"):
-        check_overlap(checkpoint, data, allowed=False)
-
-
-def test_what_cannot_be_checked_is_said(data, tmp_path):
-    lines = []
-    assert not check_overlap(tmp_path, data, allowed=False, say=lines.append)["checked"]
-    checkpoint = pretrained_on(tmp_path, "")
-    assert not check_overlap(checkpoint, data, allowed=False, say=lines.append)[
-        "checked"
-    ]
-    checkpoint = pretrained_on(tmp_path, tmp_path / "moved")
-    assert not check_overlap(checkpoint, data, allowed=False, say=lines.append)[
-        "checked"
-    ]
-    for line, word in zip(lines, ("no config.json", "phantom", "moved"), strict=True):
-        assert "not checked" in line and word in line
-
-
-# --- comparing two evaluations --------------------------------------------------------
-
-
-def entry_like(a, predictions):
-    return {**a, "predictions": np.asarray(predictions)}
-
-
-def test_compare_reads_what_was_written(place, cached, capsys):
-    path = place / "cached" / "results.json"
-    a = read_entry(path)
-    f1 = cached[0]["entries"]["teacher/linear"]["summary"]["macro_f1"]["mean"]
-    result = compare(a, read_entry(path, "raw pixels/linear"), replicates=200)
-    assert result["macro F1"]["a"] == pytest.approx(f1)
-    main([str(path), str(path), "--entry-b", "raw pixels/linear"])
-    printed = capsys.readouterr().out
-    assert "60 test images of 5 patients" in printed and "macro F1" in printed
-    with pytest.raises(SystemExit, match="choose one entry of teacher/linear, random"):
-        main([str(path), str(path), "--entry-a", "student/linear"])
-
-
-def test_compare_finds_no_difference_where_there_is_none(place, cached):
-    a = read_entry(place / "cached" / "results.json")
-    same = compare(a, a, replicates=100)["accuracy"]
-    assert same["difference"] == 0 and same["interval"] == [0, 0] and same["p"] == 1
-
-
-def test_compare_agrees_with_an_exact_permutation_test():
-    """8 patients of 4 images: all 2^8 swaps, one by one."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(3, size=32)
-    a = {
-        "ids": [str(i) for i in range(32)],
-        "classes": ["x", "y", "z"],
-        "patients": [str(i // 4) for i in range(32)],
-        "labels": labels,
-        "predictions": np.where(rng.random(32) < 0.4, labels, 0)[None],
-    }
-    b = entry_like(a, np.where(rng.random(32) < 0.7, labels, 1)[None])
-    ours = compare(a, b, replicates=20_000)["macro F1"]
-
-    def f1(predictions):
-        return f1_score(labels, predictions, average="macro", zero_division=0)
-
-    x, y = a["predictions"][0], b["predictions"][0]
-    assert ours["difference"] == pytest.approx(f1(y) - f1(x), abs=1e-12)
-    differences = []
-    for swaps in range(256):
-        swap = np.array([(swaps >> (i // 4)) & 1 for i in range(32)], bool)
-        differences.append(f1(np.where(swap, x, y)) - f1(np.where(swap, y, x)))
-    exact = (np.abs(differences) >= abs(ours["difference"]) - 1e-12).mean()
-    assert ours["p"] == pytest.approx(exact, abs=0.01)
-    low, high = ours["interval"]
-    assert low < ours["difference"] < high
-
-
-def test_compare_refuses_other_images(place, cached):
-    a = read_entry(place / "cached" / "results.json")
-    b = {**a, "ids": [f"{i}x" for i in a["ids"]]}
-    with pytest.raises(ValueError, match="60 and 60 images, 0 in both"):
-        compare(a, b)
 
 
 def test_eval_py_prints_one_line_for_bad_input(place):

@@ -1,3 +1,7 @@
+import dataclasses
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +12,14 @@ from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.classification import finetune as ft
+from ultradino_jax.evaluators.classification.classifier import NORM_EPS
 from ultradino_jax.evaluators.classification.mixup import soft_cross_entropy
+from ultradino_jax.models.layers import NORM_MOMENTUM, batch_norm
 from ultradino_jax.models.vit import ViT
 
 
 def test_head_equals_the_reference(golden):
-    """Three training steps and an evaluation."""
+    """Training steps in their order, then an evaluation."""
     g = golden("finetune_head")
     head = {"kernel": g["param/2.weight"].T, "bias": g["param/2.bias"]}
     stats = ft.NormStats(g["param/1.running_mean"], g["param/1.running_var"])
@@ -23,10 +29,13 @@ def test_head_equals_the_reference(golden):
         return soft_cross_entropy(logits, targets).mean(), (logits, new)
 
     grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-    for part in ("train0", "train1", "train2", "eval"):
+    steps = sum(k.endswith("/out/loss") for k in g) - 1
+    for part in (*(f"train{k}" for k in range(steps)), "eval"):
         train = part != "eval"
         cls, targets = g[f"{part}/input/cls"], g[f"{part}/input/target"]
-        bn, _ = ft.normalise_batch(stats, jnp.asarray(cls), train)
+        bn, *_ = batch_norm(
+            jnp.asarray(cls), *stats, train=train, eps=NORM_EPS, momentum=NORM_MOMENTUM
+        )
         np.testing.assert_allclose(bn, g[f"{part}/out/bn"], atol=2e-6)
         (loss, (logits, new)), grads = grad_fn(
             head, jnp.asarray(cls), stats, targets, train
@@ -51,16 +60,15 @@ def test_head_equals_the_reference(golden):
 
 def test_optimizer_equals_torch(golden):
     g = golden("seg_optim")
-    optimizer = ft.make_optimizer(0, 10**9, 1e-4, "reference")  # a constant rate
+    (rate,) = set(g["adamw/const/lr"])  # a constant one
+    optimizer = ft.make_optimizer(0, 10**9, float(rate), "reference")
     params = {"w": jnp.asarray(g["adamw/p0"])}
     state = optimizer.init(params)
-    for step in range(8):
-        grads = {"w": jnp.asarray(g["adamw/grads"][step])}
-        updates, state = optimizer.update(grads, state, params)
+    pairs = zip(g["adamw/grads"], g["adamw/const/params"], strict=True)
+    for grads, expected in pairs:
+        updates, state = optimizer.update({"w": jnp.asarray(grads)}, state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(
-            params["w"], g["adamw/const/params"][step], atol=6e-7
-        )
+        np.testing.assert_allclose(params["w"], expected, atol=6e-7)
 
 
 @pytest.fixture(scope="module")
@@ -123,29 +131,35 @@ def test_intended_rates_are_layerwise_and_the_references_are_not(backbone):
         ft.make_optimizer(0, 2, 1.0, "none")
 
 
-def run(backbone, images, workdir, epochs=10, **changes):
-    settings = dict(
-        seed=0,
+def run(backbone, images, workdir, epochs=8, **changes):
+    recipe = ft.Recipe(
         batch_size=8,
         epochs=epochs,
         warmup_epochs=1,
         learning_rate=3e-3,
         checkpoint_every=4,
     )
-    settings |= changes
+    recipe = dataclasses.replace(recipe, **changes)
     train, val = images.split("train"), images.split("val")
-    return ft.finetune(backbone, train, val, workdir=workdir, **settings)
+    return ft.finetune(backbone, train, val, recipe, seed=0, workdir=workdir)
 
 
 @pytest.fixture(scope="module")
-def tuned(backbone, images, tmp_path_factory):
-    return run(backbone, images, tmp_path_factory.mktemp("whole"))
+def whole(backbone, images, tmp_path_factory):
+    """(a training that was never stopped, its workdir)."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(backbone, images, folder), folder
+
+
+@pytest.fixture(scope="module")
+def tuned(whole):
+    return whole[0]
 
 
 def test_it_learns_and_keeps_the_best_epoch(tuned, images):
     val = images.split("val")
     f1 = [h["val_macro_f1"] for h in tuned.history]
-    assert len(f1) == 10 and tuned.val_f1 == max(f1) > 0.8
+    assert len(f1) == 8 and tuned.val_f1 == max(f1) > 0.8
     assert tuned.best_epoch == f1.index(max(f1))
     assert ft.validation_f1(tuned, val) == tuned.val_f1
     scores = tuned.scores(val, batch_size=3)
@@ -160,13 +174,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     seen = []
     original = ft.validation_f1
 
-    def stop_in_epoch_seven(model, val):
+    def stop_in_epoch_six(model, val):
         seen.append(1)
-        if len(seen) == 7:
+        if len(seen) == 6:
             raise KeyboardInterrupt
         return original(model, val)
 
-    monkeypatch.setattr(ft, "validation_f1", stop_in_epoch_seven)
+    monkeypatch.setattr(ft, "validation_f1", stop_in_epoch_six)
     with pytest.raises(KeyboardInterrupt):
         run(backbone, images, tmp_path)
     monkeypatch.setattr(ft, "validation_f1", original)
@@ -178,11 +192,29 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         jax.tree.leaves(again.params), jax.tree.leaves(tuned.params), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-    # A finished run is read back, not trained again.
-    finished = run(backbone, images, tmp_path)
-    assert finished.history == again.history
 
-    with pytest.raises(ValueError, match="holds a fine-tuning with another backbone"):
-        run(untrained(backbone, seed=7), images, tmp_path)
-    with pytest.raises(ValueError, match=r"with another settings: .* there, .* now"):
-        run(backbone, images, tmp_path, learning_rate=1e-3)
+
+def test_a_finished_run_is_read_back_or_refused(whole, backbone, images):
+    tuned, folder = whole
+    assert run(backbone, images, folder).history == tuned.history
+    with pytest.raises(ValueError, match=r"a fine-tuning with .*\(backbone: "):
+        run(untrained(backbone, seed=7), images, folder)
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.003 there, 0\.001 now"):
+        run(backbone, images, folder, learning_rate=1e-3)
+    # How often the state is kept changes no number.
+    assert run(backbone, images, folder, checkpoint_every=1).history == tuned.history
+
+
+def test_a_classifier_whose_settings_were_listed_is_the_same_job(
+    whole, backbone, images, tmp_path
+):
+    """Before they had names, settings were recorded in an order."""
+    tuned, folder = whole
+    shutil.copytree(folder / "classifier", tmp_path / "classifier")
+    path = tmp_path / "classifier" / "classifier.json"
+    record = json.loads(path.read_text())
+    record["identity"]["settings"] = [0, "reference", 3e-3, 0.65, 8, 8, 1, False]
+    path.write_text(json.dumps(record))
+    assert run(backbone, images, tmp_path).history == tuned.history
+    with pytest.raises(ValueError, match=r"settings\.epochs: 8 there, 9 now"):
+        run(backbone, images, tmp_path, epochs=9)

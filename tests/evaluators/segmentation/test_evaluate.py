@@ -16,13 +16,11 @@ from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.data.datasets.segmented import segmented_images
 from ultradino_jax.data.phantom.layouts import write_fass
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.evaluators.segmentation import train as segmentation_train
 from ultradino_jax.evaluators.segmentation.evaluate import (
     evaluate,
     make_rows,
     read_pairs,
-    steps_of,
 )
 from ultradino_jax.evaluators.segmentation.metrics import pixel_counts
 from ultradino_jax.evaluators.segmentation.segmenter import (
@@ -30,15 +28,14 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     usable_backbone,
     with_drop_path,
 )
-from ultradino_jax.evaluators.segmentation.train import (
-    Pairs,
-    pair_batches,
-    train_segmenter,
-)
+from ultradino_jax.evaluators.segmentation.settings import read_settings
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT
 
 tfds.disable_progress_bar()
+
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def small_backbone(layerscale=1.0):
@@ -51,7 +48,7 @@ def small_backbone(layerscale=1.0):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, one_device):
     place = tmp_path_factory.mktemp("segmentation")
     write_fass(place / "download", 14, size=64)
     save_backbone(place / "run" / "backbone", small_backbone())
@@ -102,7 +99,7 @@ def test_results_say_everything(place, finished):
 
 
 def test_predictions_are_what_the_figures_were_computed_from(place, finished):
-    from ultradino_jax.data.datasets.fass import load_fass
+    from ultradino_jax.data.datasets.fass import load as load_fass
 
     results, _ = finished
     run = results["entries"]["teacher"]["runs"][1]
@@ -173,39 +170,9 @@ def test_letterboxed_masks_lie_where_their_images_do():
     )
 
 
-def test_an_image_seen_in_pretraining_is_found_in_every_runs_split(place, tmp_path):
-    """It trains in the first split and validates in the second."""
-    rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (40, 40)).astype(np.uint8) for _ in range(4)]
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.fromarray(pictures[1]).save(folder / "b.png")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"data": {"root": str(folder), "list_file": ""}})
-    )
-
-    def split(*names):
-        rows = [
-            {"id": i, "patient": i, "split": s}
-            for i, s in zip("abcd", names, strict=True)
-        ]
-        read = pictures.__getitem__
-        return segmented_images("set", "1", ("background", "x"), rows, read, read)
-
-    first = split("train", "train", "val", "test")
-    later = split("train", "val", "train", "test")
-    lines = []
-    counts = check_overlap(tmp_path, first, allowed=False, say=lines.append)
-    assert counts == {"checked": True, "train": 1, "val": 0, "test": 0}
-    with pytest.raises(ValueError, match="1 validation or test .* first 'b'"):
-        check_overlap(tmp_path, first, later, allowed=False, say=lines.append)
-    counts = check_overlap(tmp_path, first, later, allowed=True, say=lines.append)
-    assert counts == {"checked": True, "train": 1, "val": 1, "test": 0}
-
-
 def test_a_workdir_of_another_setting_is_refused(place, finished):
     config = small_config(place, **{"train.learning_rate": 1e-3})
-    with pytest.raises(ValueError, match="segmentation with another settings"):
+    with pytest.raises(ValueError, match=r"settings\.learning_rate: 0\.0001 there, "):
         evaluate(config, place / "run", place / "out", say=lambda _: None)
 
 
@@ -214,7 +181,7 @@ def test_segmenter_comes_back_whole(place, finished):
     assert segmenter.classes[1] == "aorta artery" and len(record["history"]) == 3
     assert not (place / "out" / "teacher" / "seed0" / "checkpoints").exists()
     files = sorted((place / "out" / "teacher" / "seed0" / "predictions").iterdir())
-    from ultradino_jax.data.datasets.fass import load_fass
+    from ultradino_jax.data.datasets.fass import load as load_fass
 
     data = load_fass(place / "data")
     rows = [int(np.flatnonzero(data.ids == f.stem)[0]) for f in files[:3]]
@@ -225,56 +192,6 @@ def test_segmenter_comes_back_whole(place, finished):
         load_segmenter(place)
 
 
-def squares(n, side=32, seed=0):
-    """Bright squares on dark noise: easy to learn."""
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 60, (n, side, side, 1)).astype(np.uint8)
-    masks = np.zeros((n, side, side), np.uint8)
-    for i in range(n):
-        y, x = rng.integers(2, side - 14, 2)
-        masks[i, y : y + 12, x : x + 12] = 1
-    images[masks == 1] += 150
-    return Pairs(images, masks)
-
-
-def test_training_learns_squares(tmp_path):
-    """Far above the predictors that look at no image, which reach 0.46."""
-    backbone = make_rows(
-        fass.get_config("n20"), usable_backbone(small_backbone(), "drop")
-    )["random init"]
-    test = squares(24, seed=9)
-    _, history = train_segmenter(
-        backbone, squares(24), test, ("background", "square"), seed=0,
-        workdir=tmp_path, split_hash="s", steps=120, warmup_steps=5, batch_size=16,
-        learning_rate=1e-2, drop_path=0.1, validate_every=40, name="squares",
-    )  # fmt: skip
-    assert max(h["val_dice"] for h in history) > 0.75
-    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    pairs = squares(5)
-    options = dict(batch_size=4, steps=7, seed=2)
-    whole = list(pair_batches(pairs, **options))
-    assert len(whole) == 7 and whole[0][0].shape == (4, 32, 32, 1)
-    resumed = list(pair_batches(pairs, **options, start_step=6))
-    np.testing.assert_array_equal(resumed[0][0], whole[6][0])
-    np.testing.assert_array_equal(resumed[0][1], whole[6][1])
-    assert not list(pair_batches(pairs, **options, start_step=7))
-    other = next(pair_batches(pairs, batch_size=4, steps=7, seed=3))
-    assert not np.array_equal(other[0], whole[0][0])
-
-
-def test_every_epoch_holds_every_image_once(monkeypatch):
-    monkeypatch.setattr(segmentation_train, "augment_pair", lambda i, m, *_: (i, m))
-    pairs = squares(6)
-    batches = pair_batches(pairs, batch_size=4, steps=6, seed=0)
-    stream = np.concatenate([images for images, _ in batches]).reshape(4, 6, -1)
-    for epoch in stream:
-        seen = {row.tobytes() for row in epoch}
-        assert seen == {x.tobytes() for x in pairs.images}
-
-
 def test_registers_scratch_and_drop_path():
     backbone = small_backbone(1e-5)
     kept, dropped = (usable_backbone(backbone, r) for r in ("keep", "drop"))
@@ -283,11 +200,15 @@ def test_registers_scratch_and_drop_path():
     assert set(kept.params) - set(dropped.params) == {"register_tokens"}
     with pytest.raises(ValueError, match="registers='none'"):
         usable_backbone(backbone, "none")
-    scratch = make_rows(fass.get_config("n20"), dropped)["random init"]
+    scratch = make_rows(read_settings(fass.get_config("n20")), dropped)["random init"]
     assert np.allclose(scratch.params["blocks"]["ls1"]["gamma"], 1.0)
     model = with_drop_path(ViT(16, 12, 2), 0.4)
     np.testing.assert_allclose(model.drop_path, 0.4 * np.arange(12) / 11)
     assert with_drop_path(USFM(), 0.4).drop_path == 0.2
+
+
+def steps_of(config, row):
+    return read_settings(config).recipes[row].steps
 
 
 def test_budgets_are_the_papers():
@@ -325,7 +246,7 @@ def test_bad_settings_are_one_line(place, finished, tmp_path, changes, message):
 def test_absent_structure_and_seen_image_are_refused(place, finished, tmp_path):
     split = (place / "out" / "splits" / "seed0.csv").read_text().splitlines()
     kept = [x for x in split[1:] if not x.endswith("train")]
-    from ultradino_jax.data.datasets.fass import load_fass
+    from ultradino_jax.data.datasets.fass import load as load_fass
 
     data = load_fass(place / "data")
     held = {line.split(",")[1] for line in kept}

@@ -15,22 +15,24 @@ from PIL import Image
 from configs import fass, fetal_planes, jnu_ifm
 from ultradino_jax.evaluators.classification import evaluate as classification
 from ultradino_jax.evaluators.segmentation import evaluate as segmentation
-from ultradino_jax.evaluators.segmentation.evaluate import make_rows, start_of, steps_of
+from ultradino_jax.evaluators.segmentation.evaluate import make_rows, start_of
 from ultradino_jax.evaluators.segmentation.networks import (
     NETWORKS,
     Network,
-    make_network,
 )
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
     load_segmenter,
     save_segmenter,
 )
+from ultradino_jax.evaluators.segmentation.settings import read_settings
 from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet
 from ultradino_jax.models.unetr import UNETR
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.segment import segment
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ROOT = Path(__file__).parents[3]
 CLASSES = ("background", "square")
@@ -67,6 +69,15 @@ def small_config(**changes):
     return c
 
 
+def make_network(config, row, like=None):
+    config.rows = (row,)
+    return make_rows(read_settings(config), like)[row]
+
+
+def recipe_of(config, row):
+    return read_settings(config).recipes[row]
+
+
 def test_recipes_stand_in_the_config():
     """Full sizes by default, the steps of every other row from scratch."""
     c, jnu = fass.get_config("n20"), jnu_ifm.get_config()
@@ -76,12 +87,14 @@ def test_recipes_stand_in_the_config():
         "multiresunet": MultiResUNet(5, width=32),
         "unetr": UNETR(5, image_size=224, width=16, embed_dim=768),
     }
+    for row in (*NETWORKS, "random init"):
+        assert recipe_of(c, row).steps == 45_000
+        assert recipe_of(jnu, row).steps == 20_000
     for row in NETWORKS:
-        assert steps_of(c, row) == steps_of(c, "random init") == 45_000
-        assert steps_of(jnu, row) == steps_of(jnu, "random init") == 20_000
-        assert c[row].learning_rate > 0 and c[row].weight_decay >= 0
+        assert recipe_of(c, row).learning_rate == c[row].learning_rate > 0
+        assert recipe_of(c, row).weight_decay == c[row].weight_decay >= 0
     c.train.budget = "equal"
-    assert {steps_of(c, row) for row in NETWORKS} == {20_000}
+    assert {recipe_of(c, row).steps for row in NETWORKS} == {20_000}
 
 
 def test_input_without_checkpoint_is_that_of_pretraining():
@@ -91,13 +104,13 @@ def test_input_without_checkpoint_is_that_of_pretraining():
     assert (network.mean, network.std) == (mean, std)
     c = small_config(**{"model.arch": "tiny", "model.patch_size": 8})
     c.rows = ("random init",)
-    vit = start_of(c, None)
+    vit = start_of(read_settings(c), None)
     assert vit is not None
     assert (vit.image_size, vit.channels, vit.model.patch_size) == (32, 1, 8)
     assert vit.mean == mean and vit.model.num_registers == 0
     # Beside a backbone, networks get its input.
     three = dataclasses.replace(vit, channels=3, mean=(0.1,) * 3, std=(0.2,) * 3)
-    beside = make_rows(small_config(rows=("unet",)), three)["unet"]
+    beside = make_network(small_config(), "unet", three)
     assert (beside.channels, beside.mean, beside.image_size) == (3, (0.1,) * 3, 32)
 
 
@@ -186,7 +199,7 @@ def test_unet_runs_from_config_to_masks(tmp_path):
     with Image.open(tmp_path / "masks" / "0.png.mask.png") as mask:
         assert mask.size == (48, 40)
     config.unet.weight_decay = 0.1
-    with pytest.raises(ValueError, match="segmentation with another settings"):
+    with pytest.raises(ValueError, match=r"weight_decay: 0\.01 there, 0\.1 now"):
         segmentation.evaluate(config, None, tmp_path / "out", **quiet)
 
 

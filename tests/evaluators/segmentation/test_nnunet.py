@@ -19,8 +19,9 @@ from configs import fass
 from ultradino_jax.data.datasets.masks import load_mask_folders
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation import nnunet
-from ultradino_jax.evaluators.segmentation.evaluate import read_pairs, split_of
+from ultradino_jax.evaluators.segmentation.evaluate import read_pairs
 from ultradino_jax.evaluators.segmentation.nnunet_data import read_masks
+from ultradino_jax.evaluators.segmentation.settings import read_settings
 
 CLASSES = ("nothing", "head", "neck")
 TRAINER = "nnUNetTrainer_1epoch"
@@ -130,7 +131,7 @@ def test_the_dataset_is_what_nnunet_documents(images, exported):
     (fold,) = json.loads((folder / "splits_final.json").read_text())
     assert sorted(fold["train"] + fold["val"]) == labels and len(fold["train"]) == 2
     data = load_mask_folders(images, classes=CLASSES)
-    split = split_of(make_config(images), data, 3)
+    split = read_settings(make_config(images)).split(data, 3)
     cases = record["seeds"]["3"]["cases"]
     for name, members in {**fold, "test": tests}.items():
         assert {cases[c] for c in members} == set(split.split(name).ids)
@@ -163,7 +164,7 @@ def test_another_config_in_the_same_folder_is_refused(images, exported):
     work, record = exported
     same = nnunet.export(make_config(images), work, say=lambda _: None)
     assert same == record
-    with pytest.raises(ValueError, match="is of another config"):
+    with pytest.raises(ValueError, match="holds an export with .*seeds: "):
         nnunet.export(make_config(images, seeds=(5,)), work, say=lambda _: None)
 
 

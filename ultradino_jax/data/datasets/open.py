@@ -63,6 +63,3 @@ def _load(loaders: Mapping[str, Callable[..., Images]], values: dict) -> Images:
     load = loaders[values["name"]]
     taken = inspect.signature(load).parameters
     return load(**{name: values[name] for name in taken if name in values})
-
-
-load_dataset = open_labelled

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +12,7 @@ from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess, probe_tokens
 from ultradino_jax.weights.load import load_backbone
-from ultradino_jax.weights.own import read_backbone
+from ultradino_jax.whole import read_json, whole_folder, write_json
 
 RECORD = "classifier.json"
 FOLDER = "classifier"
@@ -83,13 +81,7 @@ def save_classifier(
     again from there. facts: JSON values kept in the record. The folder appears once it
     is complete.
     """
-    folder, backbone = Path(folder).absolute(), classifier.backbone
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    if checkpoint is None:
-        save_backbone(fresh / "backbone", backbone)
-    np.savez(fresh / "head.npz", allow_pickle=False, **classifier.head)
+    backbone = classifier.backbone
     record = {
         "format": "ultradino_classifier",
         "classes": list(classifier.classes),
@@ -104,9 +96,11 @@ def save_classifier(
         },
         **facts,
     }
-    (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        if checkpoint is None:
+            save_backbone(fresh / "backbone", backbone)
+        np.savez(fresh / "head.npz", allow_pickle=False, **classifier.head)
+        write_json(fresh / RECORD, record)
 
 
 def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
@@ -121,10 +115,10 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
             break
     else:
         raise FileNotFoundError(f"no {RECORD} in {str(path)!r} or its folder {FOLDER}")
-    record = json.loads((folder / RECORD).read_text())
+    record = read_json(folder / RECORD)
     wanted = record["backbone"]
     if wanted["checkpoint"] is None:
-        backbone = read_backbone(folder / "backbone")
+        backbone = load_backbone(folder / "backbone")
     elif not Path(wanted["checkpoint"]).exists():
         raise FileNotFoundError(
             f"the backbone of {str(folder)!r} is no longer at "

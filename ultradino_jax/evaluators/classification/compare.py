@@ -9,20 +9,24 @@ patient-level permutation test.
 
 import argparse
 import csv
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from ultradino_jax.cli import boundary
 from ultradino_jax.errors import UserError
+from ultradino_jax.evaluators.bootstrap import (
+    interval,
+    resampled_weights,
+    weighted,
+)
 from ultradino_jax.evaluators.classification.metrics import (
     accuracy,
     macro_f1,
     patient_confusions,
-    resampled_weights,
-    weighted_confusions,
 )
+from ultradino_jax.evaluators.classification.results import FORMAT
+from ultradino_jax.whole import read_json
 
 STATISTICS = {"macro F1": macro_f1, "accuracy": accuracy}
 
@@ -36,8 +40,8 @@ def read_entry(path: str | Path, entry: str = "") -> dict:
     Raises UserError naming the entries when the choice is not clear.
     """
     path = Path(path)
-    results = json.loads(path.read_text())
-    if results.get("format") != "ultradino_classification":
+    results = read_json(path)
+    if results.get("format") != FORMAT:
         raise UserError(f"{path}: not the results of a classification evaluation")
     labels = list(results["entries"])
     chosen = [x for x in labels if x == (entry or x)]
@@ -101,14 +105,12 @@ def compare(a: dict, b: dict, *, replicates: int = 10_000, seed: int = 0) -> dic
     for name, statistic in STATISTICS.items():
 
         def mean_of(side, weights, statistic=statistic):
-            values = [statistic(weighted_confusions(weights, p)) for p in parts[side]]
+            values = [statistic(weighted(weights, p)) for p in parts[side]]
             return np.mean(values, axis=0)
 
         def swapped(first, second, statistic=statistic):
             values = [
-                statistic(
-                    weighted_confusions(1 - swap, p) + weighted_confusions(swap, q)
-                )
+                statistic(weighted(1 - swap, p) + weighted(swap, q))
                 for p, q in zip(parts[first], parts[second], strict=True)
             ]
             return np.mean(values, axis=0)
@@ -124,7 +126,7 @@ def compare(a: dict, b: dict, *, replicates: int = 10_000, seed: int = 0) -> dic
             "a": value_a,
             "b": value_b,
             "difference": difference,
-            "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
+            "interval": list(interval(resampled)),
             "p": float((1 + as_far) / (1 + replicates)),
         }
     return results
@@ -140,11 +142,9 @@ def main(argv=None) -> None:
     parser.add_argument("--entry-a", default="", help="e.g. 'raw pixels/knn'")
     parser.add_argument("--entry-b", default="", help="default: the teacher's")
     args = parser.parse_args(argv)
-    try:
+    with boundary():
         a, b = read_entry(args.a, args.entry_a), read_entry(args.b, args.entry_b)
         results = compare(a, b)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     patients = len(set(a["patients"]))
     print(f"a: {a['name']} in {args.a}\nb: {b['name']} in {args.b}")
     print(f"{len(a['ids'])} test images of {patients} patients")

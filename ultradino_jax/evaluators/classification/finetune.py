@@ -7,7 +7,6 @@ and augmentation; AdamW in float32. The epoch of highest validation macro F1 is 
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ import numpy as np
 import optax
 
 from ultradino_jax.backbone import Backbone
-from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import (
@@ -34,22 +32,45 @@ from ultradino_jax.evaluators.classification.mixup import (
     mix_targets,
     soft_cross_entropy,
 )
-from ultradino_jax.evaluators.classification.recipe import (
-    Plan,
-    check_same_run,
-    train_batches,
-)
+from ultradino_jax.evaluators.classification.recipe import Plan, train_batches
 from ultradino_jax.evaluators.features import Preprocess, image_batches
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.evaluators.training import Job, best_figure, train
+from ultradino_jax.models.layers import NORM_MOMENTUM, batch_norm
 from ultradino_jax.optimizer import learning_rate_table, weight_decay_table
 from ultradino_jax.schedules import warmup_cosine
 from ultradino_jax.sharding import row_sharding
 
-NORM_MOMENTUM = 0.1
+METRIC = "val_macro_f1"
 # What the reference's config says and what its optimiser did: it builds groups with
 # multipliers that AdamW does not read, and never passes the weight decay, so that
 # torch's default applies to every parameter.
 WEIGHT_DECAY = {"reference": 0.01, "intended": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a backbone is fine-tuned; by default as the paper does it.
+
+    layerwise: see `make_optimizer`. checkpoint_every: epochs.
+    """
+
+    layerwise: str = "reference"
+    learning_rate: float = 1e-4
+    layerwise_decay: float = 0.65
+    batch_size: int = 128
+    epochs: int = 200
+    warmup_epochs: int = 5
+    checkpoint_every: int = 10
+
+
+# The order in which settings were recorded before they had names.
+LISTED = ("seed", "layerwise", "learning_rate", "layerwise_decay", "batch_size",
+          "epochs", "warmup_epochs", "antialias")  # fmt: skip
+
+
+def named_settings(listed: list) -> dict[str, Any]:
+    """{name: value} of settings that were recorded as a list."""
+    return dict(zip(LISTED, listed, strict=True))
 
 
 class NormStats(NamedTuple):
@@ -77,29 +98,12 @@ def init_head(key, d: int, num_classes: int) -> dict:
     }
 
 
-def normalise_batch(stats: NormStats, x, train: bool):
-    """BatchNorm1d without gain on [B,D]: (normalised, new running statistics).
-
-    A batch is normalised by its biased variance; the running variance is updated with
-    the unbiased one, as torch does.
-    """
-    if train:
-        mean, var = x.mean(axis=0), x.var(axis=0)
-        unbiased = var * len(x) / (len(x) - 1)
-        keep = 1 - NORM_MOMENTUM
-        stats = NormStats(
-            keep * stats.mean + NORM_MOMENTUM * mean,
-            keep * stats.var + NORM_MOMENTUM * unbiased,
-        )
-    else:
-        mean, var = stats
-    return (x - mean) / jnp.sqrt(var + NORM_EPS), stats
-
-
 def apply_head(head: dict, stats: NormStats, cls, train: bool):
     """Class tokens [B,D] -> (logits [B,Y], new running statistics)."""
-    x, stats = normalise_batch(stats, cls, train)
-    return x @ head["kernel"] + head["bias"], stats
+    x, *stats = batch_norm(
+        cls, *stats, train=train, eps=NORM_EPS, momentum=NORM_MOMENTUM
+    )
+    return x @ head["kernel"] + head["bias"], NormStats(*stats)
 
 
 @functools.cache  # one object per setting, so that seeds share a compiled step
@@ -203,113 +207,109 @@ class FineTuned(NamedTuple):
 
 def finetune(
     backbone: Backbone,
-    train: LabelledImages,
+    images: LabelledImages,
     val: LabelledImages,
+    recipe: Recipe,
     *,
     seed: int,
     workdir: str | Path,
-    layerwise: str = "reference",
-    learning_rate: float = 1e-4,
-    layerwise_decay: float = 0.65,
-    batch_size: int = 128,
-    epochs: int = 200,
-    warmup_epochs: int = 5,
-    checkpoint_every: int = 10,
     preprocess: Preprocess | None = None,
     name: str = "fine-tune",
 ) -> FineTuned:
-    """Train all parameters; the epoch of highest validation macro F1 is returned.
+    """Train all parameters on `images`; the epoch of highest macro F1 on `val` is kept.
 
-    The state is kept in `workdir` every `checkpoint_every` epochs, the result at the
-    end in `workdir/classifier`: running it again goes on from there, or returns at once
-    when it had ended. Raises UserError when the workdir belongs to another backbone,
-    data set or setting.
+    The state is kept in `workdir` while it trains, the result at the end in
+    `workdir/classifier`: running it again goes on from there, or returns at once when
+    it had ended. Raises UserError when the workdir belongs to another backbone, data
+    set or setting.
     """
-    model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
     preprocess = preprocess or Preprocess.of(backbone)
-    identity = {
-        "backbone": backbone.digest,
-        "train": train.split_hash(),
-        "val": val.split_hash(),
-        "settings": [seed, layerwise, learning_rate, layerwise_decay, batch_size,
-                     epochs, warmup_epochs, preprocess.antialias],
-    }  # fmt: skip
-    workdir = Path(workdir)
-    if (workdir / FOLDER).is_dir():
-        kept, record = load_classifier(workdir)
-        check_same_run(record["identity"], identity, workdir, "fine-tuning")
-        return _tuned(model, preprocess, *_state_of(kept), record["history"])
     plan = Plan(
-        len(train), batch_size=batch_size, epochs=epochs, warmup_epochs=warmup_epochs
+        len(images),
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        warmup_epochs=recipe.warmup_epochs,
     )
+    identity = _identity(backbone, images, val, recipe, seed, preprocess)
+    job = _job(plan, recipe, identity, Path(workdir), name)
+    model = backbone.model.clone(dtype=jnp.float32, drop_path=0.0)
+    if (job.workdir / FOLDER).is_dir():
+        kept, record = load_classifier(job.workdir)
+        job.check(record["identity"])
+        return _tuned(model, preprocess, *_state_of(kept), record["history"])
     optimizer = make_optimizer(
         plan.warmup,
         plan.total,
-        learning_rate,
-        layerwise,
-        layerwise_decay=layerwise_decay,
+        recipe.learning_rate,
+        recipe.layerwise,
+        layerwise_decay=recipe.layerwise_decay,
     )
-    num_classes = len(train.classes)
+    classes = images.classes
     by_row, everywhere = row_sharding(plan.batch_size)
-    state = _initial_state(backbone, optimizer, num_classes, seed)
-    state = jax.device_put(state, everywhere)
-    best = jax.tree.map(jnp.copy, state[:2])
-    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=1)
-    try:
-        state, best, history = _restore(checkpoints, state, best, identity)
-        progress = Progress(name, plan.steps, unit="step")
-        step = len(history) * plan.steps_per_epoch
-        batches = train_batches(train, preprocess, plan, seed=seed, start_step=step)
-        losses = []
-        for batch in batches:
-            batch = (*jax.device_put(batch[:2], by_row), batch[2])
-            state, loss = _step(model, preprocess, num_classes, optimizer, state, batch)
-            losses.append(loss)
-            step += 1
-            if len(losses) % 10 == 0:  # the host must not run far ahead of the device
-                jax.block_until_ready(loss)
-            progress.update(step)
-            if step % plan.steps_per_epoch:
-                continue
-            tuned = FineTuned(model, preprocess, *state[:2], 0, 0.0, history)
-            f1 = validation_f1(tuned, val)
-            mean_loss = float(np.mean(jax.device_get(losses)))
-            losses = []
-            epoch = len(history)
-            if not np.isfinite(mean_loss):
-                raise UserError(f"{name}: the loss is not finite in epoch {epoch}")
-            if not history or f1 > max(h["val_macro_f1"] for h in history):
-                best = jax.tree.map(jnp.copy, state[:2])
-            history.append({"epoch": epoch, "loss": mean_loss, "val_macro_f1": f1})
-            if len(history) % checkpoint_every == 0 and len(history) < epochs:
-                tree = {"state": state, "best": best}
-                meta = {"identity": identity, "history": history}
-                checkpoints.save(len(history), tree, meta)
-        progress.close()
-        checkpoints.wait()
-    finally:
-        checkpoints.close()
-    params, stats = jax.device_get(best)
-    facts = {"identity": identity, "history": history}
-    _keep(workdir, backbone, params, stats, train.classes, preprocess, facts)
+    state = _initial_state(backbone, optimizer, len(classes), seed)
+
+    def step(state, batch, k):
+        del k
+        batch = (*jax.device_put(batch[:2], by_row), batch[2])
+        return _step(model, preprocess, len(classes), optimizer, state, batch)
+
+    def validate(state):
+        now = FineTuned(model, preprocess, state.params, state.stats, 0, 0.0, [])
+        return validation_f1(now, val)
+
+    def batches(k):
+        return train_batches(images, preprocess, plan, seed=seed, start_step=k)
+
+    (params, stats), history = train(
+        job,
+        jax.device_put(state, everywhere),
+        best_of=lambda state: (state.params, state.stats),
+        step=step,
+        batches=batches,
+        validate=validate,
+    )
+    history = [
+        {"epoch": epoch, "loss": row["loss"], METRIC: row[METRIC]}
+        for epoch, row in enumerate(history)
+    ]
+    head = {**params["head"], **stats._asdict()}
+    trained = dataclasses.replace(backbone, params=params["backbone"])
+    kept = Classifier(trained, head, 1, False, classes, preprocess.antialias)
+    facts = {"identity": job.identity, "history": history}
+    save_classifier(job.workdir / FOLDER, kept, **facts)
+    job.clear()
     return _tuned(model, preprocess, params, stats, history)
 
 
-def _keep(workdir, backbone, params, stats, classes, preprocess, facts) -> None:
-    """The trained model in place of the training state, which was for resuming."""
-    head = {**params["head"], **stats._asdict()}
-    trained = dataclasses.replace(backbone, params=params["backbone"])
-    classifier = Classifier(
-        trained, head, 1, False, tuple(classes), preprocess.antialias
+def _identity(backbone, images, val, recipe, seed, preprocess) -> dict:
+    settings = {"seed": seed, **dataclasses.asdict(recipe)}
+    del settings["checkpoint_every"]  # changes no number
+    return {
+        "backbone": backbone.digest,
+        "train": images.split_hash(),
+        "val": val.split_hash(),
+        "settings": {**settings, "antialias": preprocess.antialias},
+    }
+
+
+def _job(plan: Plan, recipe: Recipe, identity: dict, workdir: Path, name: str) -> Job:
+    return Job(
+        name=name,
+        what="a fine-tuning",
+        workdir=workdir,
+        identity=identity,
+        named=named_settings,
+        metric=METRIC,
+        steps=plan.steps,
+        validate_every=plan.steps_per_epoch,
+        checkpoint_every=recipe.checkpoint_every,
     )
-    save_classifier(workdir / FOLDER, classifier, **facts)
-    shutil.rmtree(workdir / "checkpoints")
 
 
 def _tuned(model, preprocess, params, stats, history) -> FineTuned:
-    scores = [h["val_macro_f1"] for h in history]
-    kept = int(np.argmax(scores))  # the first of equals
-    return FineTuned(model, preprocess, params, stats, kept, scores[kept], history)
+    f1 = best_figure(METRIC, history)
+    kept = [row[METRIC] for row in history].index(f1)  # the first of equals
+    return FineTuned(model, preprocess, params, stats, kept, f1, history)
 
 
 def _state_of(classifier: Classifier):
@@ -325,20 +325,6 @@ def _initial_state(backbone, optimizer, num_classes, seed) -> FinetuneState:
     params = {"backbone": jax.tree.map(jnp.copy, backbone.params), "head": head}
     stats = NormStats(jnp.zeros(d), jnp.ones(d))
     return FinetuneState(params, stats, optimizer.init(params))
-
-
-def _restore(checkpoints, state, best, identity):
-    """(state, best, history) of the newest checkpoint, or those given and []."""
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        {"state": state, "best": best},
-    )
-    restored = checkpoints.restore(abstract)
-    if restored is None:
-        return state, best, []
-    tree, meta = restored
-    check_same_run(meta["identity"], identity, checkpoints.directory, "fine-tuning")
-    return tree["state"], tree["best"], list(meta["history"])
 
 
 def validation_f1(tuned: FineTuned, val: LabelledImages) -> float:

@@ -1,9 +1,11 @@
-"""Classification metrics, patient-level bootstrap, and RankMe: plain NumPy."""
+"""Classification metrics and RankMe: plain NumPy and SciPy."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import rankdata
+
+from ultradino_jax.evaluators.bootstrap import interval, replicate_figures
 
 
 def confusion_matrix(labels, predictions, num_classes: int) -> np.ndarray:
@@ -97,13 +99,6 @@ def patient_confusions(labels, predictions, patients, num_classes: int) -> np.nd
     return counts.reshape(-1, num_classes, num_classes)
 
 
-def resampled_weights(num_patients: int, replicates: int, seed: int) -> np.ndarray:
-    """int64 [replicates,patients]: how often a patient is drawn, with replacement."""
-    rng = np.random.default_rng([seed, num_patients])
-    share = np.full(num_patients, 1 / num_patients)
-    return rng.multinomial(num_patients, share, size=replicates)
-
-
 def bootstrap_interval(
     labels,
     predictions,
@@ -115,27 +110,16 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a function of the confusion matrix.
+    """Patient bootstrap's interval of a function of the confusion matrix.
 
-    predictions: [n], or [runs,n] for the interval of the mean over runs. Patients are
-    resampled, not images: the many images of a patient are no independent evidence
-    (Efron and Tibshirani 1993, chapter 13).
+    predictions: [n], or [runs,n] for the interval of the mean over runs.
     """
-    values = 0
-    runs = np.atleast_2d(predictions)
-    for run in runs:
-        parts = patient_confusions(labels, run, patients, num_classes)
-        weights = resampled_weights(len(parts), replicates, seed)
-        values = values + statistic(weighted_confusions(weights, parts))
-    edges = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(values / len(runs), edges)
-    return float(low), float(high)
-
-
-def weighted_confusions(weights, parts) -> np.ndarray:
-    """weights [R,patients], parts [patients,Y,Y] -> [R,Y,Y]."""
-    flat = np.asarray(weights, np.float64) @ parts.reshape(len(parts), -1)
-    return flat.reshape(-1, *parts.shape[1:])
+    runs = [
+        patient_confusions(labels, run, patients, num_classes)
+        for run in np.atleast_2d(predictions)
+    ]
+    values = replicate_figures(runs, statistic, replicates=replicates, seed=seed)
+    return interval(values, level)
 
 
 def rankme(features) -> float:

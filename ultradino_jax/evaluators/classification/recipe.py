@@ -86,16 +86,3 @@ def train_batches(
                 yield np.stack([f.result() for f in images]), data.labels[rows], mix
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def check_same_run(there: dict, now: dict, folder, what: str) -> None:
-    """Raises UserError when what a folder holds was made from something else.
-
-    there, now: what identifies a training, by name. what: 'fine-tuning', ..
-    """
-    for key, value in now.items():
-        if there[key] != value:
-            raise UserError(
-                f"{str(folder)!r} holds a {what} with another {key}: {there[key]} "
-                f"there, {value} now"
-            )

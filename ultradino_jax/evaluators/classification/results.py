@@ -1,15 +1,17 @@
 """What an evaluation leaves behind: results.json, predictions.csv, figure and table."""
 
 import csv
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages
+from ultradino_jax.evaluators.bootstrap import mean_and_std
 from ultradino_jax.evaluators.classification import metrics
+from ultradino_jax.evaluators.evaluation import Entry
+from ultradino_jax.whole import whole_file
 
 FORMAT = "ultradino_classification"
 INTERVALS = {
@@ -29,22 +31,6 @@ class Run:
     val: float
     scores: np.ndarray
     external: np.ndarray | None = None
-
-
-@dataclass
-class Entry:
-    """Runs of one method on one row ('teacher', 'random init', 'raw pixels')."""
-
-    row: str
-    method: str
-    shots: int | None = None
-    runs: list[Run] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """'teacher/linear', 'teacher/logreg/10'."""
-        parts = [self.row, self.method, *([str(self.shots)] if self.shots else [])]
-        return "/".join(parts)
 
 
 def group_figures(data: LabelledImages, scores, train: LabelledImages) -> dict:
@@ -123,10 +109,7 @@ def summary(records: Sequence[dict], runs: Sequence[Run], test, replicates) -> d
         values = [r["test"][name] for r in records]
         if None in values:
             continue
-        figures[name] = {
-            "mean": float(np.mean(values)),
-            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        }
+        figures[name] = mean_and_std(values)
         if name in INTERVALS:
             interval = metrics.bootstrap_interval(
                 test.labels,
@@ -161,74 +144,77 @@ def dataset_record(data: LabelledImages) -> dict:
     }
 
 
-def write_results(
-    workdir: str | Path,
-    facts: dict,
+def results_of(
     entries: Sequence[Entry],
     data: LabelledImages,
     external: LabelledImages | None,
     *,
     replicates: int = 2000,
 ) -> dict:
-    """Write results.json, predictions.csv and confusion.png; returns the results."""
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    """'dataset', 'external' and 'entries' of results.json."""
     test = data.split("test")
-    results = {
-        "format": FORMAT,
-        **facts,
-        "dataset": dataset_record(data),
-        "external": None if external is None else dataset_record(external),
-        "entries": {},
-    }
+    records = {}
     for entry in entries:
-        records = [run_record(run, data, external) for run in entry.runs]
-        results["entries"][entry.label] = {
+        runs = [run_record(run, data, external) for run in entry.runs]
+        records[entry.label] = {
             "row": entry.row,
             "method": entry.method,
             "shots": entry.shots,
-            "summary": summary(records, entry.runs, test, replicates),
-            "runs": records,
+            "summary": summary(runs, entry.runs, test, replicates),
+            "runs": runs,
         }
-    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_predictions(workdir / "predictions.csv", entries, test, external)
-    first = entries[0]
-    confusion = sum(
-        metrics.confusion_matrix(
-            test.labels, run.scores.argmax(axis=1), len(test.classes)
-        )
-        for run in first.runs
-    )
-    title = f"{test.name}, {first.label}, {len(first.runs)} runs"
-    draw_confusion(workdir / "confusion.png", confusion, test.classes, title)
-    return results
+    return {
+        "dataset": dataset_record(data),
+        "external": None if external is None else dataset_record(external),
+        "entries": records,
+    }
 
 
-def write_predictions(path, entries, test, external) -> None:
+def write_predictions(
+    path: str | Path,
+    entries: Sequence[Entry],
+    test: LabelledImages,
+    external: LabelledImages | None,
+) -> None:
     """One line per image and run: entry, seed, set, id, patient, label, prediction.
 
     Probabilities follow, except for few-label entries, which have many runs.
     """
-    classes = test.classes
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    header = ["entry", "seed", "set", "id", "patient", "label", "prediction"]
+    with (
+        whole_file(path) as fresh,
+        open(fresh, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
-        header = ["entry", "seed", "set", "id", "patient", "label", "prediction"]
-        writer.writerow([*header, *classes])
+        writer.writerow([*header, *test.classes])
         for entry in entries:
             for run in entry.runs:
                 sets = [("test", test, run.scores)]
                 if external is not None:
                     sets.append(("external", external, run.external))
                 for name, images, scores in sets:
-                    predicted = scores.argmax(axis=1)
-                    for i in range(len(images)):
-                        line = [entry.label, run.seed, name, images.ids[i]]
-                        line += [images.patients[i]]
-                        line += [images.classes[images.labels[i]]]
-                        line += [classes[predicted[i]]]
-                        if entry.shots is None:
-                            line += [f"{p:.6f}" for p in scores[i]]
-                        writer.writerow(line)
+                    rows = _predictions(images, scores, test.classes, entry.shots)
+                    writer.writerows([entry.label, run.seed, name, *r] for r in rows)
+
+
+def _predictions(images: LabelledImages, scores, classes, shots) -> Iterator[list]:
+    predicted = scores.argmax(axis=1)
+    for i in range(len(images)):
+        line = [images.ids[i], images.patients[i]]
+        line += [images.classes[images.labels[i]], classes[predicted[i]]]
+        yield line if shots is not None else line + [f"{p:.6f}" for p in scores[i]]
+
+
+def write_confusion(path: str | Path, entry: Entry, test: LabelledImages) -> None:
+    """PNG of the confusions of an entry, summed over its runs."""
+    confusion = sum(
+        metrics.confusion_matrix(
+            test.labels, run.scores.argmax(axis=1), len(test.classes)
+        )
+        for run in entry.runs
+    )
+    title = f"{test.name}, {entry.label}, {len(entry.runs)} runs"
+    draw_confusion(path, confusion, test.classes, title)
 
 
 def draw_confusion(path, confusion: np.ndarray, classes, title: str) -> None:

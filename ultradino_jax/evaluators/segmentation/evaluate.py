@@ -1,11 +1,9 @@
 """A segmentation evaluation from config to results: data, trainings, figures."""
 
 import dataclasses
-import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -14,25 +12,26 @@ from ml_collections import ConfigDict
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import SPLITS
-from ultradino_jax.data.datasets.open import open_segmented as load_dataset
-from ultradino_jax.data.datasets.segmented import SegmentedImages, make_splits
+from ultradino_jax.data.datasets.open import open_segmented
+from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import untrained
+from ultradino_jax.evaluators.evaluation import Entry, begin, seed_folder
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.load import backbone_of, checkpoint_record
-from ultradino_jax.evaluators.overlap import check_overlap
+from ultradino_jax.evaluators.load import backbone_of
 from ultradino_jax.evaluators.segmentation.loss import IGNORE
+from ultradino_jax.evaluators.segmentation.metrics import mean_foreground_dice
 from ultradino_jax.evaluators.segmentation.networks import (
     NETWORKS,
     Network,
     make_network,
 )
 from ultradino_jax.evaluators.segmentation.results import (
-    Entry,
+    FORMAT,
     Run,
     baseline_figures,
     contact_sheet,
-    entry_records,
+    results_of,
     scored,
     split_record,
     table,
@@ -40,13 +39,12 @@ from ultradino_jax.evaluators.segmentation.results import (
     write_split,
 )
 from ultradino_jax.evaluators.segmentation.segmenter import usable_backbone
-from ultradino_jax.evaluators.segmentation.train import Pairs, train_segmenter
+from ultradino_jax.evaluators.segmentation.settings import Settings, read_settings
+from ultradino_jax.evaluators.segmentation.train import METRIC, Pairs, train_segmenter
+from ultradino_jax.evaluators.training import best_figure
 
-FORMAT = "ultradino_segmentation"
-ROWS = ("teacher", "random init", *NETWORKS)
-BUDGETS = ("paper", "equal")
-RESIZES = ("stretch", "letterbox")
-PACKAGES = ("jax", "flax", "optax", "numpy", "scipy", "opencv-python-headless")
+PACKAGES = ("scipy", "opencv-python-headless")
+FILES = ("splits", "predictions", "overlays.png")
 
 
 def read_pairs(data: SegmentedImages, preprocess: Preprocess) -> Pairs:
@@ -84,7 +82,7 @@ def check_structures(data: SegmentedImages, parts: dict[str, Pairs]) -> None:
 
 
 def make_rows(
-    config: ConfigDict, backbone: Backbone | None
+    settings: Settings, backbone: Backbone | None
 ) -> dict[str, Backbone | Network]:
     """The backbone, the same from scratch, and supervised networks, by row name.
 
@@ -92,97 +90,29 @@ def make_rows(
     From scratch LayerScale starts at 1, as in the reference: at the 1e-5 of
     pretraining the blocks would do nothing for most of so short a training.
     """
+    wanted = settings.wanted
 
-    def scratch():
+    def make(row):
+        if row in NETWORKS:
+            size = dict(image_size=wanted.image_size, channels=wanted.channels)
+            return make_network(row, settings.networks[row], backbone, **size)
         assert backbone is not None  # start_of made it
+        if row == "teacher":
+            return backbone
         model = backbone.model
         if model.layerscale is not None:
             model = model.clone(layerscale=1.0)
-        return untrained(
-            dataclasses.replace(backbone, model=model), config.random_init_seed
-        )
+        return untrained(dataclasses.replace(backbone, model=model), wanted.seed)
 
-    make = {"teacher": lambda: backbone, "random init": scratch}
-    make |= {
-        name: functools.partial(make_network, config, name, backbone)
-        for name in NETWORKS
-    }
-    return {name: make[name]() for name in config.rows}
+    return {row: make(row) for row in settings.rows}
 
 
-def check_rows(config: ConfigDict) -> None:
-    """Raises UserError for an unknown row, or when there is none."""
-    unknown = sorted(set(config.rows) - set(ROWS))
-    if unknown or not config.rows:
-        what = f"row {unknown[0]!r} is unknown" if unknown else "config.rows is empty"
-        raise UserError(f"{what}; choose of {', '.join(ROWS)}")
-
-
-def start_of(config: ConfigDict, checkpoint: str | Path | None) -> Backbone | None:
+def start_of(settings: Settings, checkpoint: str | Path | None) -> Backbone | None:
     """The backbone of a call; None without checkpoint when no row is a backbone."""
-    if checkpoint is None and set(config.rows) <= set(NETWORKS):
+    if checkpoint is None and set(settings.rows) <= set(NETWORKS):
         return None
-    return usable_backbone(backbone_of(config, checkpoint), config.model.registers)
-
-
-def steps_of(config: ConfigDict, row: str) -> int:
-    """Training steps of a row. Raises UserError for an unknown budget."""
-    if config.train.budget not in BUDGETS:
-        raise UserError(
-            f"budget {config.train.budget!r}: choose one of {', '.join(BUDGETS)}"
-        )
-    if config.train.budget == "equal" or row == "teacher":
-        return config.train.steps
-    return config[row].steps if row in NETWORKS else config.train.scratch_steps
-
-
-def letterbox_of(config: ConfigDict) -> bool:
-    """Whether images keep their aspect. Raises UserError for an unknown word."""
-    if config.model.resize not in RESIZES:
-        raise UserError(
-            f"model.resize={config.model.resize!r}: choose one of {', '.join(RESIZES)}"
-        )
-    return config.model.resize == "letterbox"
-
-
-def split_of(config: ConfigDict, data: SegmentedImages, seed: int) -> SegmentedImages:
-    """The data as run `seed` trains, validates and tests on them."""
-    d = config.data
-    return make_splits(
-        data,
-        config.subset,
-        seed,
-        test_fraction=d.test_fraction,
-        val_fraction=d.val_fraction,
-        split_seed=d.split_seed,
-        split_file=d.split_file,
-        max_images=d.max_images,
-    )
-
-
-def write_results(
-    workdir: Path,
-    facts: dict,
-    entries: list[Entry],
-    data: SegmentedImages,
-    replicates: int,
-) -> dict:
-    """results.json of all entries; `facts` say how they were made. Returns it."""
-    results = {
-        "format": FORMAT,
-        **facts,
-        "versions": {name: version(name) for name in PACKAGES},
-        "dataset": {
-            "name": data.name,
-            "version": data.version,
-            "classes": list(data.classes),
-            "images": len(data),
-        },
-        "entries": entry_records(entries, data.classes, replicates),
-    }
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    (workdir / "results.json").write_text(text, encoding="utf-8")
-    return results
+    backbone = backbone_of(checkpoint, settings.rows, settings.wanted)
+    return usable_backbone(backbone, settings.registers)
 
 
 def evaluate(
@@ -194,108 +124,109 @@ def evaluate(
     interruption is not trained again. Raises UserError or OSError with one line when
     the input is bad.
     """
-    workdir = Path(workdir)
-    check_rows(config)
-    letterbox_of(config)
-    data = load_dataset(config.data)
-    backbone = start_of(config, checkpoint)
-    rows = make_rows(config, backbone)
+    settings = read_settings(config)
+    data = open_segmented(config.data)
+    backbone = start_of(settings, checkpoint)
+    rows = make_rows(settings, backbone)
     # Rows share their input, so any of them says how it is made.
     shown_as = backbone or next(iter(rows.values()))
-    splits = {seed: split_of(config, data, seed) for seed in config.seeds}
+    splits = {seed: settings.split(data, seed) for seed in settings.seeds}
     for seed, split in splits.items():
-        write_split(workdir / "splits" / f"seed{seed}.csv", split)
-    first = splits[config.seeds[0]]
-    overlap = check_overlap(
-        checkpoint, *splits.values(), allowed=config.allow_overlap, say=say
+        write_split(Path(workdir) / "splits" / f"seed{seed}.csv", split)
+    first = splits[settings.seeds[0]]
+    call = begin(
+        json.loads(config.to_json_best_effort()),
+        checkpoint,
+        workdir,
+        shown_as,
+        [*splits.values()],
+        what=f", {settings.subset}: {split_record(first)}, "
+        f"{len(data.classes) - 1} structures",
+        packages=PACKAGES,
+        say=say,
     )
-    say(
-        f"{data.name} {data.version}, {config.subset}: {split_record(first)}, "
-        f"{len(data.classes) - 1} structures; {shown_as.name} from "
-        f"{checkpoint or 'scratch'}, digest {shown_as.digest[:12]}"
-    )
-    pairs = read_pairs(data, Preprocess.of(shown_as, letterbox=letterbox_of(config)))
+    preprocess = Preprocess.of(shown_as, letterbox=settings.letterbox)
+    pairs = read_pairs(data, preprocess)
     entries = [Entry(row, row if row in NETWORKS else "upernet") for row in rows]
     shown = {}
     for seed, split in splits.items():
-        parts = {name: _rows_of(pairs, data, split.split(name)) for name in SPLITS}
-        check_structures(data, parts)
+        parts = parts_of(pairs, data, split)
         for entry in entries:
             run, predicted = _run(
-                config, entry.row, rows[entry.row], split, parts, seed, workdir
+                settings, entry.row, rows[entry.row], split, parts, seed, workdir
             )
             entry.runs.append(run)
-            figures = run.counts.sum(axis=0)
-            say(f"{entry.row}, seed {seed}: {run.choice}, {_percent(figures)}")
-            if seed == config.seeds[0]:
+            dice = 100 * mean_foreground_dice(run.counts.sum(axis=0))
+            what = f"{run.choice}, test Dice of the structures {dice:.2f}"
+            say(f"{entry.row}, seed {seed}: {what}")
+            if split is first:
                 shown[entry.row] = predicted
-    test = _rows_of(pairs, data, first.split("test"))
-    grey = test.images[..., 0]
-    contact_sheet(grey, test.masks, shown, workdir / "overlays.png")
-    facts = {
-        "config": json.loads(config.to_json_best_effort()),
-        "checkpoint": checkpoint_record(checkpoint, shown_as),
-        "overlap": overlap,
-    }
-    results = write_results(workdir, facts, entries, data, config.replicates)
-    say(table(results))
-    say(f"written to {workdir}: results.json, splits, predictions, overlays.png")
-    return results
+    test = parts_of(pairs, data, first)["test"]
+    contact_sheet(test.images[..., 0], test.masks, shown, call.workdir / FILES[2])
+    results = results_of(entries, data, settings.replicates)
+    return call.finish(FORMAT, results, table=table, files=FILES)
 
 
-def _percent(counts) -> str:
-    from ultradino_jax.evaluators.segmentation.metrics import mean_foreground_dice
+def parts_of(
+    pairs: Pairs, data: SegmentedImages, split: SegmentedImages
+) -> dict[str, Pairs]:
+    """The pairs of a split's train, val and test images.
 
-    return f"test Dice of the structures {100 * mean_foreground_dice(counts):.2f}"
+    pairs: of all images of `data`. Raises UserError as `check_structures`.
+    """
+    parts = {}
+    for name in SPLITS:
+        rows = rows_of(data, split.split(name))
+        parts[name] = Pairs(pairs.images[rows], pairs.masks[rows])
+    check_structures(data, parts)
+    return parts
 
 
-def _rows_of(pairs: Pairs, data: SegmentedImages, part: SegmentedImages) -> Pairs:
-    rows = np.searchsorted(data.ids, part.ids)  # both are sorted by id
-    return Pairs(pairs.images[rows], pairs.masks[rows])
+def rows_of(data: SegmentedImages, part: SegmentedImages) -> np.ndarray:
+    """Where the images of a part are in the whole data set."""
+    return np.searchsorted(data.ids, part.ids)  # both are sorted by id
 
 
-def _run(config, row, backbone, split, parts, seed, workdir) -> tuple[Run, np.ndarray]:
+def _run(
+    settings, row, backbone, split, parts, seed, workdir
+) -> tuple[Run, np.ndarray]:
     """(one training and its figures on the test set, the test predictions)."""
-    c = config.train
-    folder = Path(workdir) / row.replace(" ", "_") / f"seed{seed}"
-    if row in NETWORKS:
-        recipe = {k: config[row][k] for k in ("learning_rate", "weight_decay")}
-    else:
-        recipe = {
-            "learning_rate": c.learning_rate,
-            "drop_path": c.drop_path,
-            "norm": config.model.norm,
-            "head_channels": config.model.head_channels,
-        }
+    recipe, folder = settings.recipes[row], seed_folder(workdir, row, seed)
     segmenter, history = train_segmenter(
         backbone,
         parts["train"],
         parts["val"],
         split.classes,
+        recipe,
         seed=seed,
         workdir=folder,
         split_hash=split.split_hash(),
-        steps=steps_of(config, row),
-        warmup_steps=c.warmup_steps,
-        batch_size=c.batch_size,
-        dice=c.dice,
-        translation=c.translation,
-        validate_every=c.validate_every,
-        checkpoint_every=c.checkpoint_every,
-        letterbox=letterbox_of(config),
         name=f"{row}, seed {seed}",
-        **recipe,
     )
-    test = split.split("test")
-    predicted = segmenter.predict(parts["test"].images, c.batch_size)
-    write_masks(folder / "predictions", test.ids, predicted)
-    y = len(split.classes)
+    predicted = segmenter.predict(parts["test"].images, recipe.batch_size)
+    best = best_figure(METRIC, history)
+    step = next(h["step"] for h in history if h[METRIC] == best)  # the first of equals
+    choice = {"step": step, "of": recipe.steps}
+    run = tested(seed, choice, best, split, parts, predicted)
+    write_masks(folder / "predictions", run.ids, predicted)
+    return run, predicted
+
+
+def tested(
+    seed: int,
+    choice: dict,
+    val: float,
+    split: SegmentedImages,
+    parts: dict[str, Pairs],
+    predicted: np.ndarray,
+) -> Run:
+    """The figures of predicted test masks [n,S,S]."""
+    test, y = split.split("test"), len(split.classes)
     counts, distances = scored(predicted, parts["test"].masks, y)
-    best = max(history, key=lambda h: h["val_dice"])  # the first of equals
-    run = Run(
+    return Run(
         seed=seed,
-        choice={"step": best["step"], "of": steps_of(config, row)},
-        val=best["val_dice"],
+        choice=choice,
+        val=val,
         ids=test.ids,
         patients=test.patients,
         counts=counts,
@@ -303,4 +234,3 @@ def _run(config, row, backbone, split, parts, seed, workdir) -> tuple[Run, np.nd
         baselines=baseline_figures(parts["train"].masks, parts["test"].masks, y),
         splits=split_record(split),
     )
-    return run, predicted

@@ -1,9 +1,9 @@
-"""Dice, IoU and HD95 of index masks; patient-level bootstrap. Plain NumPy and SciPy."""
+"""Dice, IoU and HD95 of index masks: plain NumPy and SciPy."""
 
 import numpy as np
 from scipy import ndimage
 
-from ultradino_jax.evaluators.classification.metrics import resampled_weights
+from ultradino_jax.evaluators.bootstrap import replicate_figures
 from ultradino_jax.evaluators.segmentation.loss import IGNORE
 
 # Columns of the pixel counts.
@@ -114,22 +114,11 @@ def bootstrap_replicates(
 ) -> np.ndarray:
     """[replicates]: a pooled figure, patients resampled with replacement.
 
-    counts: [n,Y,3], or [runs,n,Y,3] for the mean over runs. Equal patients and seed
-    give equal samples, so the difference of two calls is a paired comparison.
+    counts: [n,Y,3], or [runs,n,Y,3] for the mean over runs.
     """
     runs = counts if counts.ndim == 4 else counts[None]
-    values = np.zeros(replicates)
-    for run in runs:
-        parts = counts_by_patient(run, patients)
-        weights = resampled_weights(len(parts), replicates, seed)
-        values += statistic(np.tensordot(weights, parts, axes=1))
-    return values / len(runs)
-
-
-def interval(values, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates."""
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    parts = [counts_by_patient(run, patients) for run in runs]
+    return replicate_figures(parts, statistic, replicates=replicates, seed=seed)
 
 
 def segmentation_metrics(counts, distances, patients, classes) -> dict:

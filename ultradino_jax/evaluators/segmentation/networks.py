@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
@@ -17,8 +15,6 @@ from ultradino_jax.models.unetr import UNETR
 from ultradino_jax.normalization import FUS
 
 NETWORKS = {"unet": UNet, "multiresunet": MultiResUNet, "unetr": UNETR}
-# What a config section says beside the fields of its network.
-RECIPE = ("learning_rate", "weight_decay", "steps")
 
 
 @dataclass(frozen=True)
@@ -64,18 +60,22 @@ class Network:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_network(config: ConfigDict, row: str, like: Backbone | None) -> Network:
-    """The network of a config row; its input is that of `like`, when there is one.
+def make_network(
+    name: str,
+    options: tuple[tuple[str, Any], ...],
+    like: Backbone | None,
+    *,
+    image_size: int = 0,
+    channels: int = 0,
+) -> Network:
+    """A network by name; its input is that of `like`, when there is one.
 
-    Without it the input is as config.model says, normalised as from-scratch ViTs.
+    options: fields of its module. Without `like` the input is of `image_size` and
+    `channels` (0 for 224 and 1), normalised as from-scratch ViTs.
     """
-    section = config[row]
-    options = tuple((k, section[k]) for k in sorted(section) if k not in RECIPE)
     if like is not None:
-        return Network(
-            row, options, like.image_size, like.channels, like.mean, like.std
-        )
-    channels = config.model.channels or 1
+        size = (like.image_size, like.channels)
+        return Network(name, options, *size, like.mean, like.std)
+    channels = channels or 1
     mean, std = (values * channels for values in FUS)
-    side = config.model.image_size or IMAGE_SIZE
-    return Network(row, options, side, channels, mean, std)
+    return Network(name, options, image_size or IMAGE_SIZE, channels, mean, std)

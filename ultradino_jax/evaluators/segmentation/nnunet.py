@@ -16,34 +16,30 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ultradino_jax import cli
-from ultradino_jax.data.datasets.labelled import SPLITS
+from ultradino_jax.claim import check_same
+from ultradino_jax.data.datasets.open import open_segmented
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
+from ultradino_jax.evaluators.evaluation import Call, Entry, versions
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation import metrics, results
 from ultradino_jax.evaluators.segmentation.evaluate import (
-    check_structures,
-    letterbox_of,
-    load_dataset,
+    PACKAGES,
+    parts_of,
     read_pairs,
-    split_of,
-    write_results,
+    rows_of,
+    tested,
 )
-from ultradino_jax.evaluators.segmentation.nnunet_data import (
-    export_split,
-    read_masks,
-    write_json,
-)
-from ultradino_jax.evaluators.segmentation.train import Pairs
+from ultradino_jax.evaluators.segmentation.nnunet_data import export_split, read_masks
+from ultradino_jax.evaluators.segmentation.settings import read_settings
+from ultradino_jax.whole import read_json, write_json
 
 FORMAT = "ultradino_nnunet"
 RECORD = "nnunet.json"
@@ -64,15 +60,16 @@ def export(config: ConfigDict, workdir: str | Path, say=print) -> dict:
     raises.
     """
     workdir = Path(workdir)
-    path = workdir / RECORD
     kept = json.loads(config.to_json_best_effort())
-    if path.is_file() and read_record(workdir)["config"] != kept:
-        raise UserError(f"{str(path)!r} is of another config; choose another folder")
-    data = load_dataset(config.data)
+    if (workdir / RECORD).is_file():
+        before = read_record(workdir)["config"]
+        check_same(before, kept, workdir, "an export", "choose another folder")
+    settings = read_settings(config)
+    data = open_segmented(config.data)
     seeds = {}
-    for k, seed in enumerate(config.seeds):
-        split = split_of(config, data, seed)
-        stem = re.sub(r"\W", "_", f"{data.name}_{config.subset}_seed{seed}")
+    for k, seed in enumerate(settings.seeds):
+        split = settings.split(data, seed)
+        stem = re.sub(r"\W", "_", f"{data.name}_{settings.subset}_seed{seed}")
         name = f"Dataset{FIRST_ID + k}_{stem}"
         results.write_split(workdir / "splits" / f"seed{seed}.csv", split)
         cases = export_split(workdir / FOLDERS["nnUNet_raw"] / name, data, split)
@@ -80,7 +77,7 @@ def export(config: ConfigDict, workdir: str | Path, say=print) -> dict:
         seeds[str(seed)] = {"dataset": name, "split_hash": hashed, "cases": cases}
         say(f"{name}: {results.split_record(split)}")
     record = {"format": FORMAT, "config": kept, "seeds": seeds}
-    write_json(path, record)
+    write_json(workdir / RECORD, record)
     return record
 
 
@@ -89,7 +86,7 @@ def read_record(workdir: str | Path) -> dict:
     path = Path(workdir) / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"no {RECORD} in {str(workdir)!r}; export first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def find_commands(folder: str | Path) -> Path:
@@ -244,46 +241,31 @@ def collect(workdir: str | Path, say=print) -> dict:
     workdir = Path(workdir)
     record = read_record(workdir)
     config = ConfigDict(record["config"])
-    data = load_dataset(config.data)
-    side = config.model.image_size or IMAGE_SIZE
-    letterbox = letterbox_of(config)
-    preprocess = Preprocess(side, 1, (0.0,), (1.0,), letterbox=letterbox)
+    settings = read_settings(config)
+    data = open_segmented(config.data)
+    side = settings.wanted.image_size or IMAGE_SIZE
+    preprocess = Preprocess(side, 1, (0.0,), (1.0,), letterbox=settings.letterbox)
     pairs = read_pairs(data, preprocess)
     trainer, y = record.get("trainer", ""), len(data.classes)
-    entry, shown, test = results.Entry("nnunet", "nnunet"), None, None
+    entry, shown, test = Entry("nnunet", "nnunet"), None, None
     for seed, facts in record["seeds"].items():
-        split = split_of(config, data, int(seed))
+        split = settings.split(data, int(seed))
         if split.split_hash() != facts["split_hash"]:
             raise UserError(f"{data.name}, seed {seed}: not the split of the export")
-        rows = {
-            name: np.searchsorted(data.ids, split.split(name).ids) for name in SPLITS
-        }
-        parts = {k: Pairs(pairs.images[r], pairs.masks[r]) for k, r in rows.items()}
-        check_structures(data, parts)
-        fold = trained_folder(workdir, facts["dataset"], trainer)
-        validated = read_masks(fold / "validation", rows["val"], data, preprocess)
+        parts = parts_of(pairs, data, split)
+        fold = trained_folder(workdir, facts["dataset"], trainer) / "validation"
         masks = masks_folder(workdir, trainer, seed)
-        found = read_masks(masks, rows["test"], data, preprocess)
-        on_val, _ = results.scored(validated, parts["val"].masks, y)
-        counts, distances = results.scored(found, parts["test"].masks, y)
-        own = split.split("test")
-        folder = workdir / "nnunet" / f"seed{seed}" / "predictions"
-        results.write_masks(folder, own.ids, found)
-        entry.runs.append(
-            results.Run(
-                seed=int(seed),
-                choice={"trainer": trainer, "fold": int(FOLD)},
-                val=float(metrics.mean_dice(on_val.sum(axis=0))),
-                ids=own.ids,
-                patients=own.patients,
-                counts=counts,
-                distances=distances,
-                baselines=results.baseline_figures(
-                    parts["train"].masks, parts["test"].masks, y
-                ),
-                splits=results.split_record(split),
-            )
+        validated, found = (
+            read_masks(folder, rows_of(data, split.split(name)), data, preprocess)
+            for folder, name in ((fold, "val"), (masks, "test"))
         )
+        on_val, _ = results.scored(validated, parts["val"].masks, y)
+        val = float(metrics.mean_dice(on_val.sum(axis=0)))
+        choice = {"trainer": trainer, "fold": int(FOLD)}
+        run = tested(int(seed), choice, val, split, parts, found)
+        folder = workdir / "nnunet" / f"seed{seed}" / "predictions"
+        results.write_masks(folder, run.ids, found)
+        entry.runs.append(run)
         if shown is None:
             shown, test = found, parts["test"]
     assert shown is not None and test is not None  # an export has a seed
@@ -294,32 +276,31 @@ def collect(workdir: str | Path, say=print) -> dict:
         "checkpoint": {"path": None, "name": "nnU-Net 2d", "image_size": side},
         "overlap": {"checked": False, "reason": "nothing was pretrained"},
         "nnunet": {"trainer": trainer, **record.get("versions", {})},
+        "versions": versions(PACKAGES),
     }
-    written = write_results(workdir, facts, [entry], data, config.replicates)
-    say(results.table(written))
-    return written
+    figures = results.results_of([entry], data, settings.replicates)
+    call = Call(workdir, facts, say)
+    files = ("predictions", "overlays.png")
+    return call.finish(results.FORMAT, figures, table=results.table, files=files)
 
 
 def main(argv) -> None:
     """Command line: export, run or collect."""
     f = flags.FLAGS
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets narrates at INFO
-    try:
-        if argv[1:] == ["export"] and f.config is not None:
-            export(f.config, f.workdir)
-        elif argv[1:] == ["run"]:
-            if not f.bin:
-                raise UserError(
-                    f"--bin names the environment of nnU-Net; to install it: {INSTALL}"
-                )
-            options = dict(trainer=f.trainer, device=f.device, processes=f.processes)
-            run(f.workdir, f.bin, **options)
-        elif argv[1:] == ["collect"]:
-            collect(f.workdir)
-        else:
-            raise app.UsageError("say export (with --config), run or collect")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if argv[1:] == ["export"] and f.config is not None:
+        export(f.config, f.workdir)
+    elif argv[1:] == ["run"]:
+        if not f.bin:
+            raise UserError(
+                f"--bin names the environment of nnU-Net; to install it: {INSTALL}"
+            )
+        options = dict(trainer=f.trainer, device=f.device, processes=f.processes)
+        run(f.workdir, f.bin, **options)
+    elif argv[1:] == ["collect"]:
+        collect(f.workdir)
+    else:
+        raise app.UsageError("say export (with --config), run or collect")
 
 
 if __name__ == "__main__":

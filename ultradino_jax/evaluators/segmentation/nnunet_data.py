@@ -4,8 +4,6 @@ Format: documentation/dataset_format.md of nnU-Net. Names of cases are the place
 images in the data set, so that any image id will do.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import cv2
@@ -17,6 +15,7 @@ from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.whole import whole_folder, write_json
 
 IGNORE = 255
 
@@ -36,43 +35,40 @@ def export_split(
     Pixels to be ignored become nnU-Net's 'ignore' label, which follows the classes.
     Format: documentation/dataset_format.md of nnU-Net. Returns {case: image id}.
     """
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    for name in ("imagesTr", "labelsTr", "imagesTs"):
-        (fresh / name).mkdir(parents=True)
     y, ignored = len(data.classes), False
     rows = np.searchsorted(data.ids, split.ids)  # both are sorted by id
     fold: dict[str, list[str]] = {name: [] for name in SPLITS}
     progress = Progress(f"export {folder.name}", len(split), unit="img")
-    for i, row in enumerate(rows):
-        case, part = case_name(row), str(split.splits[i])
-        fold[part].append(case)
-        images = fresh / ("imagesTs" if part == "test" else "imagesTr")
-        Image.fromarray(split[i]).save(images / f"{case}_0000.png")
-        if part != "test":
-            mask = split.mask(i)
-            ignored |= bool((mask == IGNORE).any())
-            mask = np.where(mask == IGNORE, y, mask).astype(np.uint8)
-            Image.fromarray(mask).save(fresh / "labelsTr" / f"{case}.png")
-        progress.update(i + 1)
-    progress.close()
-    labels = {name: k for k, name in enumerate(data.classes)}
-    labels = {"background": labels.pop(data.classes[0]), **labels}
-    if ignored:
-        labels["ignore"] = y
-    facts = {
-        "channel_names": {"0": "ultrasound"},  # not 'CT': normalised image by image
-        "labels": labels,
-        "numTraining": len(fold["train"]) + len(fold["val"]),
-        "file_ending": ".png",
-        "overwrite_image_reader_writer": "NaturalImage2DIO",
-        "name": folder.name,
-    }
-    write_json(fresh / "dataset.json", facts)
-    parts = {name: sorted(fold[name]) for name in ("train", "val")}
-    write_json(fresh / "splits_final.json", [parts])
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        for name in ("imagesTr", "labelsTr", "imagesTs"):
+            (fresh / name).mkdir()
+        for i, row in enumerate(rows):
+            case, part = case_name(row), str(split.splits[i])
+            fold[part].append(case)
+            images = fresh / ("imagesTs" if part == "test" else "imagesTr")
+            Image.fromarray(split[i]).save(images / f"{case}_0000.png")
+            if part != "test":
+                mask = split.mask(i)
+                ignored |= bool((mask == IGNORE).any())
+                mask = np.where(mask == IGNORE, y, mask).astype(np.uint8)
+                Image.fromarray(mask).save(fresh / "labelsTr" / f"{case}.png")
+            progress.update(i + 1)
+        progress.close()
+        labels = {name: k for k, name in enumerate(data.classes)}
+        labels = {"background": labels.pop(data.classes[0]), **labels}
+        if ignored:
+            labels["ignore"] = y
+        facts = {
+            "channel_names": {"0": "ultrasound"},  # not 'CT': normalised one by one
+            "labels": labels,
+            "numTraining": len(fold["train"]) + len(fold["val"]),
+            "file_ending": ".png",
+            "overwrite_image_reader_writer": "NaturalImage2DIO",
+            "name": folder.name,
+        }
+        write_json(fresh / "dataset.json", facts)
+        parts = {name: sorted(fold[name]) for name in ("train", "val")}
+        write_json(fresh / "splits_final.json", [parts])
     return {case_name(row): str(split.ids[i]) for i, row in enumerate(rows)}
 
 
@@ -106,13 +102,3 @@ def read_masks(
             mask.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST
         )
     return squares
-
-
-def write_json(path: Path, value) -> None:
-    """Write a file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)

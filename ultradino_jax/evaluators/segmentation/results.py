@@ -2,7 +2,7 @@
 
 import csv
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,8 +11,12 @@ from PIL import Image
 
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.evaluators.bootstrap import interval, mean_and_std
+from ultradino_jax.evaluators.evaluation import Entry
 from ultradino_jax.evaluators.segmentation import metrics
+from ultradino_jax.whole import whole_file
 
+FORMAT = "ultradino_segmentation"
 # Colours of the structures in overlays, in index order; reused past the last.
 COLOURS = ((255, 80, 80), (80, 220, 80), (90, 150, 255), (255, 210, 60))
 SHOWN = 8
@@ -34,15 +38,6 @@ class Run:
     distances: np.ndarray
     baselines: dict
     splits: dict
-
-
-@dataclass
-class Entry:
-    """Runs of one row ('teacher', 'random init', 'unet'); method: what was trained."""
-
-    row: str
-    method: str = "upernet"
-    runs: list[Run] = field(default_factory=list)
 
 
 def scored(predictions, masks, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +88,10 @@ def split_record(data: SegmentedImages) -> dict:
 def write_split(path: Path, data: SegmentedImages) -> None:
     """A csv of id, patient and split; it can be given back as `split_file`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with (
+        whole_file(path) as fresh,
+        open(fresh, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "patient", "split"])
         writer.writerows(zip(data.ids, data.patients, data.splits, strict=True))
@@ -126,21 +124,15 @@ def summary(runs: list[Run], records: list[dict], replicates: int) -> dict:
         values = [record["test"]["pooled"][name] for record in records]
         if None in values:
             continue
-        figures[name] = {
-            "mean": float(np.mean(values)),
-            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        }
+        figures[name] = mean_and_std(values)
         if same_test_set(runs):
             sampled = metrics.bootstrap_replicates(
                 stacked(runs), runs[0].patients, statistic, replicates=replicates
             )
-            figures[name]["interval"] = list(metrics.interval(sampled))
+            figures[name]["interval"] = list(interval(sampled))
     distances = [record["test"]["per_image"]["hd95"] for record in records]
     if None not in distances:
-        figures["hd95"] = {
-            "mean": float(np.mean(distances)),
-            "std": float(np.std(distances, ddof=1)) if len(distances) > 1 else None,
-        }
+        figures["hd95"] = mean_and_std(distances)
     return figures
 
 
@@ -162,7 +154,7 @@ def difference(first: Entry, other: Entry, replicates: int) -> dict:
             )
             for entry in (first, other)
         ]
-        record["interval"] = list(metrics.interval(sampled[0] - sampled[1]))
+        record["interval"] = list(interval(sampled[0] - sampled[1]))
     return record
 
 
@@ -194,6 +186,19 @@ def entry_records(entries: list[Entry], classes, replicates: int) -> dict:
                 entries[0], entry, replicates
             )
     return records
+
+
+def results_of(entries: list[Entry], data: SegmentedImages, replicates: int) -> dict:
+    """'dataset' and 'entries' of results.json."""
+    return {
+        "dataset": {
+            "name": data.name,
+            "version": data.version,
+            "classes": list(data.classes),
+            "images": len(data),
+        },
+        "entries": entry_records(entries, data.classes, replicates),
+    }
 
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.sharding import row_sharding
 from ultradino_jax.weights.own import record_to_backbone
+from ultradino_jax.whole import read_json, whole_folder, write_json
 
 RECORD = "segmenter.json"
 REGISTERS = ("drop", "keep")
@@ -152,11 +151,6 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, **facts) -> None:
 
     The folder appears once it is complete.
     """
-    folder = Path(folder).absolute()
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(fresh / "variables", segmenter.variables)
     record = {
         "format": "ultradino_segmenter",
         **architecture_record(segmenter),
@@ -164,9 +158,10 @@ def save_segmenter(folder: str | Path, segmenter: Segmenter, **facts) -> None:
         "letterbox": segmenter.letterbox,
         **facts,
     }
-    (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(fresh / "variables", segmenter.variables)
+        write_json(fresh / RECORD, record)
 
 
 def architecture_record(segmenter: Segmenter) -> dict:
@@ -203,7 +198,7 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
         raise FileNotFoundError(
             f"no {RECORD} in {str(path)!r} or its folder 'segmenter'"
         )
-    record = json.loads((folder / RECORD).read_text())
+    record = read_json(folder / RECORD)
     backbone, model = module_of(record, str(folder))
     side = backbone.image_size
     images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)

@@ -10,22 +10,17 @@ import collections
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ultradino_jax.backbone import Backbone
-from ultradino_jax.checkpoint import RunCheckpoints
-from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.classification.recipe import check_same_run
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.evaluators.segmentation.augment import augment_pair
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.evaluators.segmentation.metrics import mean_dice, pixel_counts
@@ -38,11 +33,57 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     segmentation_model,
     with_drop_path,
 )
+from ultradino_jax.evaluators.training import Job, train
 from ultradino_jax.schedules import warmup_linear
 from ultradino_jax.sharding import row_sharding
 from ultradino_jax.tree import map_with_name
 
 WEIGHT_DECAY = 0.01
+METRIC = "val_dice"
+FOLDER = "segmenter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; by default as the paper does it.
+
+    drop_path, norm, head_channels (0 for the backbone's D) are UperNet's. letterbox
+    says how the pairs were made from images, for those to come. validate_every: steps,
+    checkpoint_every: validations.
+    """
+
+    steps: int = 20_000
+    warmup_steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    weight_decay: float = WEIGHT_DECAY
+    drop_path: float = 0.4
+    dice: str = "reference"
+    norm: str = "none"
+    head_channels: int = 0
+    translation: str = "reference"
+    validate_every: int = 450
+    checkpoint_every: int = 4
+    letterbox: bool = False
+
+
+# The order in which settings were recorded before they had names.
+LISTED = ("seed", "steps", "warmup_steps", "batch_size", "learning_rate", "drop_path",
+          "dice", "norm", "head_channels", "translation", "validate_every",
+          "image_size", "registers")  # fmt: skip
+
+
+def named_settings(listed: list) -> dict[str, Any]:
+    """{name: value} of settings that were recorded as a list.
+
+    A weight decay or the word 'letterbox' followed where they were not the default.
+    """
+    others = [value for value in listed[len(LISTED) :] if value != "letterbox"]
+    return {
+        **dict(zip(LISTED, listed, strict=False)),
+        "weight_decay": others[0] if others else WEIGHT_DECAY,
+        "letterbox": "letterbox" in listed[len(LISTED) :],
+    }
 
 
 class Pairs(NamedTuple):
@@ -166,167 +207,103 @@ def validation_dice(segmenter: Segmenter, pairs: Pairs, batch_size: int) -> floa
 
 def train_segmenter(
     backbone: Backbone | Network,
-    train: Pairs,
+    pairs: Pairs,
     val: Pairs,
     classes: tuple[str, ...],
+    recipe: Recipe,
     *,
     seed: int,
     workdir: str | Path,
     split_hash: str,
-    steps: int = 20_000,
-    warmup_steps: int = 1500,
-    batch_size: int = 64,
-    learning_rate: float = 1e-4,
-    weight_decay: float = WEIGHT_DECAY,
-    drop_path: float = 0.4,
-    dice: str = "reference",
-    norm: str = "none",
-    head_channels: int = 0,
-    translation: str = "reference",
-    validate_every: int = 450,
-    checkpoint_every: int = 4,
-    letterbox: bool = False,
     name: str = "segmentation",
 ) -> tuple[Segmenter, list[dict]]:
     """(the segmenter of the best step, one {'step','loss','val_dice'} per validation).
 
-    drop_path, norm, head_channels (0 for the backbone's D) are UperNet's. letterbox
-    says how the pairs were made from images, for those to come.
-    The state is kept in `workdir` every `checkpoint_every` validations; running it
-    again goes on from there, or returns at once when it had ended. Raises UserError
-    when the workdir belongs to another backbone, split or setting, when the warm-up
-    is not shorter than the training, or when the loss is not finite.
+    The state is kept in `workdir` while it trains; running it again goes on from there,
+    or returns at once when it had ended. Raises UserError when the workdir belongs to
+    another training, when the warm-up is too long, or when the loss is not finite.
     """
-    if not 0 < warmup_steps < steps:
+    steps, batch_size = recipe.steps, recipe.batch_size
+    if not 0 < recipe.warmup_steps < steps:
         raise UserError(
-            f"{name}: {warmup_steps} warm-up steps do not fit {steps} steps of training"
+            f"{name}: {recipe.warmup_steps} warm-up steps do not fit {steps} steps of "
+            "training"
         )
-    workdir = Path(workdir)
-    identity = {
-        "backbone": backbone.digest,
-        "split": split_hash,
-        "settings": [seed, steps, warmup_steps, batch_size, learning_rate, drop_path,
-                     dice, norm, head_channels, translation, validate_every,
-                     backbone.image_size, _registers(backbone)],
-    }  # fmt: skip
-    if weight_decay != WEIGHT_DECAY:
-        identity["settings"].append(weight_decay)
-    if letterbox:
-        identity["settings"].append("letterbox")
-    if (workdir / "segmenter").is_dir():
-        segmenter, record = load_segmenter(workdir)
-        check_same_run(record["identity"], identity, workdir, "segmentation")
+    identity = _identity(backbone, split_hash, recipe, seed)
+    job = _job(recipe, identity, Path(workdir), name)
+    if (job.workdir / FOLDER).is_dir():
+        segmenter, record = load_segmenter(job.workdir)
+        job.check(record["identity"])
         return segmenter, record["history"]
-    model = segmentation_model(
-        backbone, len(classes), norm=norm, head_channels=head_channels
+    with as_user_error():
+        model = segmentation_model(
+            backbone, len(classes), norm=recipe.norm, head_channels=recipe.head_channels
+        )
+        variables = initial_variables(model, backbone, seed)
+    segmenter = Segmenter(backbone, model, None, tuple(classes), recipe.letterbox)
+    optimizer = make_optimizer(
+        recipe.learning_rate, recipe.warmup_steps, steps, recipe.weight_decay
     )
-    segmenter = Segmenter(backbone, model, None, tuple(classes), letterbox)
-    optimizer = make_optimizer(learning_rate, warmup_steps, steps, weight_decay)
-    variables = initial_variables(model, backbone, seed)
-    _, everywhere = row_sharding(batch_size)
+    by_row, everywhere = row_sharding(batch_size)
     state = SegmentationState(variables, optimizer.init(variables["params"]))
-    state = jax.device_put(state, everywhere)
-    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=1)
-    try:
-        run = _Run(checkpoints, identity, state)
-        run.restore()
-        training = model
-        if isinstance(backbone, Backbone):
-            training = model.clone(backbone=with_drop_path(backbone.model, drop_path))
-        batches = pair_batches(
-            train,
+    if isinstance(backbone, Backbone):
+        dropping = with_drop_path(backbone.model, recipe.drop_path)
+        model = model.clone(backbone=dropping)
+    key = jax.random.key(seed)
+
+    def step(state, batch, k):
+        batch, own = jax.device_put(batch, by_row), jax.random.fold_in(key, k)
+        state, terms = train_step(
+            model, segmenter.preprocess, optimizer, recipe.dice, state, batch, own
+        )
+        return state, sum(terms)
+
+    def batches(k):
+        return pair_batches(
+            pairs,
             batch_size=batch_size,
             steps=steps,
             seed=seed,
-            start_step=run.step,
-            translation=translation,
+            start_step=k,
+            translation=recipe.translation,
         )
-        step = functools.partial(
-            train_step, training, segmenter.preprocess, optimizer, dice
-        )
-        _train(
-            run, batches, step, segmenter, val,
-            seed=seed, steps=steps, batch_size=batch_size, name=name,
-            validate_every=validate_every, checkpoint_every=checkpoint_every,
-        )  # fmt: skip
-    finally:
-        checkpoints.close()
-    best = dataclasses.replace(segmenter, variables=jax.device_get(run.best))
-    save_segmenter(workdir / "segmenter", best, identity=identity, history=run.history)
-    shutil.rmtree(workdir / "checkpoints")
-    return best, run.history
+
+    def validate(state):
+        now = dataclasses.replace(segmenter, variables=state.variables)
+        return validation_dice(now, val, batch_size)
+
+    best, history = train(
+        job,
+        jax.device_put(state, everywhere),
+        best_of=lambda state: state.variables,
+        step=step,
+        batches=batches,
+        validate=validate,
+    )
+    segmenter = dataclasses.replace(segmenter, variables=best)
+    facts = {"identity": job.identity, "history": history}
+    save_segmenter(job.workdir / FOLDER, segmenter, **facts)
+    job.clear()
+    return segmenter, history
 
 
-def _registers(backbone) -> int:
-    return 0 if isinstance(backbone, Network) else backbone.model.num_registers
+def _identity(backbone, split_hash, recipe, seed) -> dict:
+    settings = {"seed": seed, **dataclasses.asdict(recipe)}
+    del settings["checkpoint_every"]  # changes no number
+    registers = 0 if isinstance(backbone, Network) else backbone.model.num_registers
+    settings |= {"image_size": backbone.image_size, "registers": registers}
+    return {"backbone": backbone.digest, "split": split_hash, "settings": settings}
 
 
-def _train(
-    run, batches, train_one, segmenter, val, *, seed, steps, batch_size, name,
-    validate_every, checkpoint_every,
-) -> None:  # fmt: skip
-    """Steps, validations and checkpoints until the end; results are in `run`."""
-    by_row, _ = row_sharding(batch_size)
-    progress = Progress(name, steps, unit="step")
-    key = jax.random.key(seed)
-    losses = []
-    for batch in batches:
-        batch = jax.device_put(batch, by_row)
-        run.state, terms = train_one(
-            run.state, batch, jax.random.fold_in(key, run.step)
-        )
-        run.step += 1
-        losses.append(sum(terms))
-        if len(losses) % 10 == 0:  # the host must not run far ahead of the device
-            jax.block_until_ready(losses[-1])
-        progress.update(run.step)
-        if run.step % validate_every and run.step != steps:
-            continue
-        loss = float(np.mean(jax.device_get(losses)))
-        losses = []
-        if not np.isfinite(loss):
-            raise UserError(f"{name}: the loss is not finite before step {run.step}")
-        now = dataclasses.replace(segmenter, variables=run.state.variables)
-        run.validated(loss, validation_dice(now, val, batch_size))
-        if len(run.history) % checkpoint_every == 0 and run.step != steps:
-            run.save()
-    progress.close()
-
-
-class _Run:
-    """What a checkpoint of a training holds."""
-
-    def __init__(self, checkpoints, identity, state):
-        self.checkpoints, self.identity, self.state = checkpoints, identity, state
-        self.best = jax.tree.map(jnp.copy, state.variables)
-        self.history: list[dict] = []
-        self.step = 0
-
-    def validated(self, loss: float, dice: float) -> None:
-        """Note a validation; the first of equals stays the best."""
-        if not self.history or dice > max(h["val_dice"] for h in self.history):
-            self.best = jax.tree.map(jnp.copy, self.state.variables)
-        self.history.append({"step": self.step, "loss": loss, "val_dice": dice})
-
-    def save(self) -> None:
-        """Start writing the state as of now."""
-        tree = {"state": self.state, "best": self.best}
-        meta = {"identity": self.identity, "history": self.history}
-        self.checkpoints.save(self.step, tree, meta)
-        self.checkpoints.wait()  # the next step donates what is being written
-
-    def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            {"state": self.state, "best": self.best},
-        )
-        restored = self.checkpoints.restore(abstract)
-        if restored is None:
-            return
-        tree, meta = restored
-        folder = self.checkpoints.directory
-        check_same_run(meta["identity"], self.identity, folder, "segmentation")
-        self.state, self.best = tree["state"], tree["best"]
-        self.history = list(meta["history"])
-        self.step = self.history[-1]["step"]
+def _job(recipe: Recipe, identity: dict, workdir: Path, name: str) -> Job:
+    return Job(
+        name=name,
+        what="a segmentation",
+        workdir=workdir,
+        identity=identity,
+        named=named_settings,
+        metric=METRIC,
+        steps=recipe.steps,
+        validate_every=recipe.validate_every,
+        checkpoint_every=recipe.checkpoint_every,
+    )

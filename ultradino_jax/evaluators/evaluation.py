@@ -1,0 +1,131 @@
+"""What evaluations of every kind share: rows, the facts of a call, and its results.
+
+A kind is a folder: settings.py reads its config, evaluate.py goes from data to results
+with `check_rows`, `begin` and `finish`, results.py says its figures. The kind brings
+the loader of its data, the fit and score of a row, and the figures.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ultradino_jax.errors import UserError
+from ultradino_jax.evaluators.overlap import check_overlap
+from ultradino_jax.whole import write_json
+
+PACKAGES = ("jax", "flax", "optax", "numpy")
+
+
+@dataclass
+class Entry:
+    """Runs of one method on one row ('teacher', 'random init', 'unet', ..)."""
+
+    row: str
+    method: str
+    shots: int | None = None
+    runs: list[Any] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """'teacher/linear', 'teacher/logreg/10'."""
+        parts = [self.row, self.method, *([str(self.shots)] if self.shots else [])]
+        return "/".join(parts)
+
+
+def check_rows(rows: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError for an unknown row, or when there is none."""
+    unknown = sorted(set(rows) - set(known))
+    if unknown or not rows:
+        what = f"row {unknown[0]!r} is unknown" if unknown else "config.rows is empty"
+        raise UserError(f"{what}; choose of {', '.join(known)}")
+
+
+def seed_folder(workdir: str | Path, row: str, seed: int) -> Path:
+    """Where the model and predictions of a row's run are kept."""
+    return Path(workdir) / row.replace(" ", "_") / f"seed{seed}"
+
+
+def checkpoint_record(checkpoint: str | Path | None, backbone) -> dict:
+    """What results.json says about the network and its input; path is None for none."""
+    return {
+        "path": None if checkpoint is None else str(checkpoint),
+        "name": backbone.name,
+        "source": getattr(backbone, "source", ""),
+        "digest": backbone.digest,
+        "image_size": backbone.image_size,
+        "channels": backbone.channels,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+    }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an evaluation: where it writes, what it is made from, how it talks.
+
+    facts: what results.json says of it, whatever the kind.
+    """
+
+    workdir: Path
+    facts: dict[str, Any]
+    say: Callable[[str], object]
+
+    def finish(
+        self,
+        form: str,
+        results: dict,
+        *,
+        table: Callable[[dict], str],
+        files: Sequence[str] = (),
+    ) -> dict:
+        """Write results.json and say the table; returns what was written.
+
+        form: the file's format; files: what else was written.
+        """
+        results = {"format": form, **self.facts, **results}
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(self.workdir / "results.json", results)
+        self.say(table(results))
+        names = ", ".join(["results.json", *files])
+        self.say(f"written to {self.workdir}: {names}")
+        return results
+
+
+def begin(
+    config: dict,
+    checkpoint: str | Path | None,
+    workdir: str | Path,
+    backbone,
+    splits: Sequence,
+    *,
+    what: str,
+    packages: Sequence[str],
+    say: Callable[[str], object],
+) -> Call:
+    """Compare the images with those of pretraining, say what begins, note the facts.
+
+    config: as JSON values. backbone: shown for the input of all rows. splits: the data
+    of a run, or of each. what: words on the data behind their name and version.
+    packages: those of the kind. Raises UserError as `check_overlap`.
+    """
+    allowed = config["allow_overlap"]
+    overlap = check_overlap(checkpoint, *splits, allowed=allowed, say=say)
+    data = splits[0]
+    say(
+        f"{data.name} {data.version}{what}; {backbone.name} from "
+        f"{checkpoint or 'scratch'}, digest {backbone.digest[:12]}"
+    )
+    facts = {
+        "config": config,
+        "checkpoint": checkpoint_record(checkpoint, backbone),
+        "overlap": overlap,
+        "versions": versions(packages),
+    }
+    return Call(Path(workdir), facts, say)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions of the packages behind the figures."""
+    return {name: version(name) for name in (*PACKAGES, *packages)}
