@@ -144,7 +144,9 @@ def test_smoke_weights_are_read_as_their_family(row, tmp_path):
         load_backbone_file(path)
 
 
-def test_one_smoke_cell_from_nothing_and_its_resume(tmp_path, monkeypatch, capsys):
+def test_one_smoke_cell_from_nothing_and_its_resume(
+    tmp_path, one_device, monkeypatch, capsys
+):
     # Smaller than the preset's, which keeps what is there; the other columns' are not
     # opened.
     write_phantoms("fetal_planes", tmp_path / "data/fetal_planes", patients=8, size=64)
@@ -192,7 +194,7 @@ def test_pretraining_data_shows_the_papers_points(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ultradino_vits16", "usfm_vitb16"])
-def test_attention_maps_of_any_backbone(name, tmp_path):
+def test_attention_maps_of_any_backbone(name, tmp_path, one_device):
     row = BY_NAME[name]
     path = tmp_path / "weights.safetensors"
     random_file(row, path)
@@ -214,9 +216,9 @@ def test_few_labels_share_the_test_images_and_no_patient(tmp_path):
     phantom = {"phantom_seed": 0, "phantom_size": [40, 48], "phantom_settings": 3}
     (tmp_path / "config.json").write_text(json.dumps({"data": phantom}))
     out = tmp_path / "labels"
-    script("data_scaling").write_label_sets(tmp_path, out, patients=20, draws=2)
+    script("data_scaling").write_label_sets(tmp_path, out, patients=14, draws=2)
     whole, *few = (read_rows(out / f"{name}.csv") for name in ("all", "few0", "few1"))
-    assert len(whole) == 20 * 12
+    assert len(whole) == 14 * 12
 
     def of(rows, split):
         return [r for r in rows if r["split"] == split]
