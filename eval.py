@@ -1,12 +1,11 @@
 """Evaluate: python eval.py --config=configs/fetal_planes.py:linear --checkpoint=...
 
 --checkpoint is the workdir of a pretraining run, an exported backbone or a file that
-interop can convert, and is left out when all of config.rows are trained from scratch;
+can be converted, and is left out when all of config.rows are trained from scratch;
 --workdir receives the results.
 """
 
 import os
-import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -19,22 +18,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for the results")
 
 
 def main(argv):
-    """Dispatch on the kind of task."""
+    """Evaluate what the config describes."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     # Orbax narrates every file it reads at INFO.
     logging.set_verbosity(logging.WARNING)
-    config = CONFIG.value
-    try:
-        if config.task == "classification":
-            from ultradino_jax.evaluators.classification.evaluate import evaluate
-        elif config.task == "segmentation":
-            from ultradino_jax.evaluators.segmentation.evaluate import evaluate
-        else:
-            raise ValueError(f"config.task={config.task!r} is unknown")
-        evaluate(config, CHECKPOINT.value, WORKDIR.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    from ultradino_jax.evaluators.evaluate import evaluate
+
+    evaluate(CONFIG.value, CHECKPOINT.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.120",
         "ruff>=0.9",
+        "pyright>=1.1.390",
         "scikit-image>=0.25",
-        "mlxtend>=0.23",
     ],
     "interop": [
         "torch>=2.6,<3",

@@ -32,9 +32,9 @@ if os.path.isdir("ultradino_jax/.git"):
 import json
 
 from configs import pretrain_smoke
+from ultradino_jax import train
 from ultradino_jax.health.phantom_knn import phantom_knn
 from ultradino_jax.run.plan import phantom_source
-from ultradino_jax.run.train import train
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 RUN = "runs/notebook"

@@ -35,17 +35,15 @@ if os.path.isdir("ultradino_jax/.git"):
 from pathlib import Path
 
 from configs import pretrain_smoke
-from ultradino_jax.phantom import LAYOUTS
-from ultradino_jax.prepare import prepare
-from ultradino_jax.run.train import train
+from ultradino_jax import prepare_cache, train, write_phantoms
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 INPUT, CACHE, RUN = "runs/notebook_images", "runs/notebook_cache", "runs/notebook_own"
 
 # %%
 if not Path(INPUT).exists():
-    LAYOUTS["folder"](Path(INPUT), 2 if SMOKE else 20, seed=1, size=128)
-manifest = prepare(
+    write_phantoms("folder", INPUT, patients=2 if SMOKE else 20, seed=1, size=128)
+manifest = prepare_cache(
     INPUT, CACHE, short_side=96, workers=0 if SMOKE else None, progress=False
 )
 manifest["records"], manifest["counts"]

@@ -34,9 +34,7 @@ if os.path.isdir("ultradino_jax/.git"):
 from pathlib import Path
 
 from configs import fetal_planes, pretrain_smoke
-from ultradino_jax.evaluators.classification.evaluate import evaluate
-from ultradino_jax.phantom import LAYOUTS
-from ultradino_jax.run.train import train
+from ultradino_jax import evaluate, train, write_phantoms
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 CHECKPOINT, DOWNLOAD = "runs/notebook", "runs/notebook_planes"
@@ -46,7 +44,7 @@ if not Path(CHECKPOINT).exists():
     train(pretrain_smoke.get_config("seconds" if SMOKE else "minutes"), CHECKPOINT)
 if not Path(DOWNLOAD).exists():
     patients, pixels = (8, 64) if SMOKE else (40, 128)
-    LAYOUTS["fetal_planes"](Path(DOWNLOAD), patients, seed=1, size=pixels)
+    write_phantoms("fetal_planes", DOWNLOAD, patients=patients, seed=1, size=pixels)
 
 
 def config_of(mode):

@@ -34,9 +34,7 @@ if os.path.isdir("ultradino_jax/.git"):
 from pathlib import Path
 
 from configs import fass, pretrain_smoke
-from ultradino_jax.evaluators.segmentation.evaluate import evaluate
-from ultradino_jax.phantom import LAYOUTS
-from ultradino_jax.run.train import train
+from ultradino_jax import evaluate, train, write_phantoms
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 CHECKPOINT, DOWNLOAD = "runs/notebook", "runs/notebook_fass"
@@ -45,7 +43,7 @@ CHECKPOINT, DOWNLOAD = "runs/notebook", "runs/notebook_fass"
 if not Path(CHECKPOINT).exists():
     train(pretrain_smoke.get_config("seconds" if SMOKE else "minutes"), CHECKPOINT)
 if not Path(DOWNLOAD).exists():
-    LAYOUTS["fass"](Path(DOWNLOAD), 14, seed=0, size=128)
+    write_phantoms("fass", DOWNLOAD, patients=14, seed=0, size=128)
 config = fass.get_config("n20")
 config.data.manual_dir, config.data.data_dir = DOWNLOAD, "runs/notebook_data"
 

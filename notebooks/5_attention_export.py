@@ -35,12 +35,10 @@ from pathlib import Path
 import numpy as np
 
 from configs import pretrain_smoke
+from ultradino_jax import export_model, load_backbone, train
 from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.export import export
 from ultradino_jax.health.panels import attention_maps, pca_colours
-from ultradino_jax.run.train import train
-from ultradino_jax.weights.load import load_backbone
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 CHECKPOINT = "runs/notebook"
@@ -77,7 +75,7 @@ figure
 # loaded back and compared before the folder appears.
 
 # %%
-report = export(CHECKPOINT, "hf", "runs/notebook_hf")
+report = export_model(CHECKPOINT, "hf", "runs/notebook_hf")
 report
 
 # %%

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.benchmarks.hlo import collectives
+from tests.hlo import collectives
 from ultradino_jax.sharding import make_mesh
 
 # As XLA prints it: a loop of 12, an asynchronous gather, groups in both notations.
@@ -77,7 +77,7 @@ def test_collectives_of_a_compiled_scan():
 def test_torch_step_equals_the_reference(golden, sub):
     """Two steps of what our step is timed against: the same losses and gradients."""
     torch = pytest.importorskip("torch")
-    from experiments.benchmarks.torch_step import Reference
+    from tests.torch_reference import Reference
 
     g = golden("train_step")
     state = {k: torch.tensor(v) for k, v in sub(g, "init/").items()}

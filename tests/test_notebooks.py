@@ -1,5 +1,9 @@
-"""The notebooks run, at smoke size, and their two files hold the same cells."""
+"""The notebooks run, at smoke size, and their two files hold the same cells.
 
+The examples of docs/api.md run last: they use what the notebooks left behind.
+"""
+
+import doctest
 import json
 import runpy
 from pathlib import Path
@@ -65,3 +69,18 @@ def test_notebook_runs(path, workplace, one_device, monkeypatch):
 
     pyplot.close("all")
     assert (workplace / MADE[path.stem]).stat().st_size > 50
+
+
+def test_the_examples_of_the_documentation(workplace, one_device, monkeypatch):
+    """Example by example, in the folder where the notebooks ran."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("ULTRADINO_SMOKE", "1")
+    if not (workplace / MADE["4_segmentation"]).exists():  # this test alone
+        runpy.run_path(str(FOLDER / "4_segmentation.py"), run_name="notebook")
+    text = (FOLDER.parent / "docs" / "api.md").read_text()
+    example = doctest.DocTestParser().get_doctest(text, {}, "api.md", "api.md", 0)
+    said = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
+        example, out=said.append
+    )
+    assert result.attempted > 20 and not result.failed, "".join(said)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.benchmarks.hlo import collectives
+from tests.hlo import collectives
 from ultradino_jax import sharding
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.pretraining.step import init_state

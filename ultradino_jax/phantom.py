@@ -23,6 +23,7 @@ from ultradino_jax.data.phantom.render import (
     PhantomImage,
     render_phantom,
 )
+from ultradino_jax.errors import UserError
 
 LAYOUTS = {
     "fetal_planes": layouts.write_fetal_planes,
@@ -33,6 +34,28 @@ LAYOUTS = {
     "dicom": write_dicom,
     "folder": layouts.write_folder,
 }
+
+
+def write_phantoms(
+    layout: str,
+    out: str | Path,
+    *,
+    patients: int = 4,
+    seed: int = 0,
+    size: int | None = None,
+    settings: int | None = None,
+) -> Path:
+    """Write phantoms in the layout of a real data set; returns the folder.
+
+    layout: one of LAYOUTS. size: pixels of the longer side; None as the real set.
+    settings: number of scanners and mothers, for 'fetal_planes' only. Raises UserError
+    for an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    options = {"settings": settings} if settings else {}
+    LAYOUTS[layout](Path(out), patients, seed, size, **options)
+    return Path(out)
 
 
 # The sheet's palette: 32 greys keep the file small, four colours name structures.

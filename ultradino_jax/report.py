@@ -6,15 +6,15 @@ network and runs no script. Works while the run goes on.
 
 import argparse
 import base64
-import json
-import sys
 import time
 from html import escape
 from pathlib import Path
 
+from ultradino_jax.cli import command
 from ultradino_jax.health.curves import chart
 from ultradino_jax.jsonl import read_rows
 from ultradino_jax.run.writer import format_duration
+from ultradino_jax.whole import read_json, write_whole
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.
 CHARTS = (
@@ -85,21 +85,13 @@ grid-template-columns:repeat(auto-fill,minmax(400px,1fr))}
 .tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}
 .tiles b{display:block;font-size:19px}.alarm{border-left:5px solid #dc2626}
 .over{border-left:5px solid #9ca3af}.fine{border-left:5px solid #059669}
-svg{width:100%;height:auto;display:block}svg text{font-family:inherit}
-.title{font-size:12px;font-weight:600;fill:#111827}
-.tick{font-size:10px;fill:#6b7280}
-.end{text-anchor:end}.mid{text-anchor:middle}.grid{stroke:#e5e7eb}
-.level{stroke:#6b7280;stroke-dasharray:4 3}
+svg{width:100%;height:auto;display:block}
+svg text{font-family:system-ui,sans-serif!important}
 table{border-collapse:collapse;width:100%}td{padding:2px 10px 2px 0;vertical-align:top;
 border-bottom:1px solid #f3f4f6;overflow-wrap:anywhere}td:first-child{color:#6b7280}
 img{max-width:100%;image-rendering:pixelated;display:block}
 details{margin:6px 0}summary{cursor:pointer}
 """
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or {} where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def table(values: dict) -> str:
@@ -228,7 +220,10 @@ def report(workdir: str | Path) -> str:
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{str(workdir)!r} holds no run (no config.json)")
-    config, facts = (read_json(workdir / f"{n}.json") for n in ("config", "run"))
+    config, facts, versions = (
+        read_json(path) if (path := workdir / f"{name}.json").is_file() else {}
+        for name in ("config", "run", "versions")
+    )
     rows = {
         name: read_rows(workdir / f"{name}.jsonl")
         for name in ("metrics", "timing", "health")
@@ -241,9 +236,7 @@ def report(workdir: str | Path) -> str:
         "Curves": curves(rows),
         "Panels": pictures(workdir),
         "Data": f'<div class="card">{table(data)}</div>',
-        "Environment": (
-            f'<div class="card">{table(read_json(workdir / "versions.json"))}</div>'
-        ),
+        "Environment": f'<div class="card">{table(versions)}</div>',
         "Config": (
             '<div class="card"><details><summary>All values</summary>'
             f"{table(config)}</details></div>"
@@ -256,10 +249,21 @@ def report(workdir: str | Path) -> str:
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<title>{escape(workdir.name)}</title><style>{STYLE}</style></head><body>"
         f"<main><h1>{escape(workdir.name)}</h1>"
-        f"<p class='muted'>{escape(str(workdir))}, written {written}</p>"
+        f"<p class='muted'>Written {written}</p>"
         f"<div class='tiles'>{tiles(workdir, rows, facts)}</div>"
         f"{body}</main></body></html>\n"
     )
+
+
+def write_report(workdir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, also of one that goes on, and return its path.
+
+    workdir: of `main.py`. out: WORKDIR/report.html when left out. Raises
+    FileNotFoundError when the folder holds no run.
+    """
+    out = Path(workdir) / "report.html" if out is None else Path(out)
+    write_whole(out, report(workdir))
+    return out
 
 
 def main(argv=None) -> None:
@@ -270,13 +274,8 @@ def main(argv=None) -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--out", type=Path, help="default WORKDIR/report.html")
     args = parser.parse_args(argv)
-    out = args.out or args.workdir / "report.html"
-    try:
-        out.write_text(report(args.workdir), encoding="utf-8")
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {out}")
+    print(f"report: {write_report(args.workdir, args.out)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -23,7 +23,7 @@ import jax
 
 from configs import pretrain_vits
 from experiments.benchmarks.ahead import devices_of, lower_step, prepare_environment
-from experiments.benchmarks.hlo import collectives
+from tests.hlo import collectives
 
 COUNTS = (2, 8, 32)
 PER_DEVICE = 8  # images

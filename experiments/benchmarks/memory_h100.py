@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments.benchmarks.ahead import devices_of, lower_step, prepare_environment
-from experiments.benchmarks.hlo import collectives
+from tests.hlo import collectives
 from ultradino_jax.run.plan import vit_name
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_vitb.py")

@@ -1,0 +1,34 @@
+"""The door to both kinds of evaluation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ultradino_jax.errors import UserError
+
+
+def evaluate(
+    config: ConfigDict,
+    checkpoint: str | Path | None,
+    workdir: str | Path,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Run the evaluation a config describes and return what results.json holds.
+
+    config: of configs/fetal_planes.py, fass.py or jnu_ifm.py; its `task` is
+    'classification' or 'segmentation'. checkpoint: what `load_backbone` reads; None
+    when all rows of the config are trained from scratch. workdir: folder for the
+    results; the same call again goes on after an interruption. say: receives the lines
+    that tell how it goes.
+
+    Raises UserError or OSError with one line when the input is bad.
+    """
+    # Either kind alone is enough to wait for.
+    if config.task == "classification":
+        from ultradino_jax.evaluators.classification.evaluate import evaluate as run
+    elif config.task == "segmentation":
+        from ultradino_jax.evaluators.segmentation.evaluate import evaluate as run
+    else:
+        raise UserError(f"config.task={config.task!r} is unknown")
+    return run(config, checkpoint, workdir, say)
