@@ -6,12 +6,12 @@ interop can convert, and is left out when all of config.rows are trained from sc
 """
 
 import os
-import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ultradino_jax import cli
+from ultradino_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py[:kind]")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what is evaluated")
@@ -25,16 +25,13 @@ def main(argv):
     # Orbax narrates every file it reads at INFO.
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
-    try:
-        if config.task == "classification":
-            from ultradino_jax.evaluators.classification.evaluate import evaluate
-        elif config.task == "segmentation":
-            from ultradino_jax.evaluators.segmentation.evaluate import evaluate
-        else:
-            raise ValueError(f"config.task={config.task!r} is unknown")
-        evaluate(config, CHECKPOINT.value, WORKDIR.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if config.task == "classification":
+        from ultradino_jax.evaluators.classification.evaluate import evaluate
+    elif config.task == "segmentation":
+        from ultradino_jax.evaluators.segmentation.evaluate import evaluate
+    else:
+        raise UserError(f"config.task={config.task!r} is unknown")
+    evaluate(config, CHECKPOINT.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.cli import boundary
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, help="side in pixels; native if left")
     parser.add_argument("--batch-size", type=int, default=64)
     flags = parser.parse_args(argv)
-    try:
+    with boundary():
         counts = embed(
             flags.checkpoint,
             flags.input,
@@ -297,8 +297,6 @@ def main(argv: list[str] | None = None) -> None:
             image_size=flags.image_size,
             batch_size=flags.batch_size,
         )
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
     print(f"features of {counts['images']} images in {flags.out}")
     if counts["failed"]:
         print(f"{counts['failed']} could not be read; they are listed in the file")

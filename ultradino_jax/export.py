@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.backbone import Backbone, params_digest
+from ultradino_jax.cli import boundary
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import open_source
 from ultradino_jax.errors import UserError
@@ -47,7 +47,7 @@ NO_TARGET = {
 }
 
 
-class ExportRefused(Exception):
+class ExportRefused(UserError):
     """An export did not compute what the checkpoint computes; nothing was written."""
 
 
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", action="store_true", help="projection heads too")
     parser.add_argument("--license", default="", help="SPDX id for the model card")
     flags = parser.parse_args(argv)
-    try:
+    with boundary():
         report = export(
             flags.checkpoint,
             flags.format,
@@ -248,8 +248,6 @@ def main(argv: list[str] | None = None) -> None:
             heads=flags.heads,
             licence=flags.license,
         )
-    except (ExportRefused, OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
     target = report["target"]
     if "difference" in target:
         worst = max(target["difference"].values())

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.cli import boundary
 from ultradino_jax.data.phantom import layouts
 from ultradino_jax.data.phantom.dicom import write_dicom
 from ultradino_jax.data.phantom.render import (
@@ -114,11 +115,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.patients < 1 or args.seed < 0 or (args.size is not None and args.size < 32):
         parser.error("--patients must be >= 1, --seed >= 0 and --size >= 32")
     cv2.setNumThreads(0)
-    if args.layout == "sheet":
-        write_sheet(args.out, args.patients, args.seed, args.size)
-    else:
-        options = {"settings": args.settings} if args.settings else {}
-        LAYOUTS[args.layout](args.out, args.patients, args.seed, args.size, **options)
+    with boundary():
+        if args.layout == "sheet":
+            write_sheet(args.out, args.patients, args.seed, args.size)
+        else:
+            write = LAYOUTS[args.layout]
+            options = {"settings": args.settings} if args.settings else {}
+            write(args.out, args.patients, args.seed, args.size, **options)
     print(f"phantom: wrote {args.layout} of {args.patients} patients to {args.out}")
 
 

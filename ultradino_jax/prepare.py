@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ultradino_jax.cli import boundary
 from ultradino_jax.data.cache import ENCODINGS, OutputError, write_whole
 from ultradino_jax.data.formats import archives
 from ultradino_jax.data.formats.readers import HEAD, kind_of
@@ -298,13 +299,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not args.write_hashes and not args.output and not (args.lookup and args.key):
         parser.error("--output is required")
-    try:
+    with boundary():
         if args.lookup:
             key = Path(args.key or os.path.abspath(args.output) + ".key")
             for file_id, path in lookup(args.lookup, args.input, key):
@@ -333,11 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 timeout=args.timeout,
             )
             print(f"{args.output}: {manifest['records']} pictures; see report.html")
-    except (ValueError, OutputError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,11 +7,11 @@ network and runs no script. Works while the run goes on.
 import argparse
 import base64
 import json
-import sys
 import time
 from html import escape
 from pathlib import Path
 
+from ultradino_jax.cli import boundary
 from ultradino_jax.health.curves import chart
 from ultradino_jax.jsonl import read_rows
 from ultradino_jax.run.writer import format_duration
@@ -271,10 +271,8 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, help="default WORKDIR/report.html")
     args = parser.parse_args(argv)
     out = args.out or args.workdir / "report.html"
-    try:
+    with boundary():
         out.write_text(report(args.workdir), encoding="utf-8")
-    except OSError as error:
-        sys.exit(f"error: {error}")
     print(f"report: {out}")
 
 

@@ -11,13 +11,13 @@ the indices mean. Run it again after an interruption and it goes on.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from ultradino_jax.cli import boundary
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
@@ -155,7 +155,7 @@ def main(argv=None) -> None:
     parser.add_argument("--mode", choices=MODES, default="resize")
     parser.add_argument("--overlays", action="store_true")
     flags = parser.parse_args(argv)
-    try:
+    with boundary():
         counts = segment(
             flags.checkpoint,
             flags.input,
@@ -163,8 +163,6 @@ def main(argv=None) -> None:
             mode=flags.mode,
             overlays=flags.overlays,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{counts['images']} masks in {flags.output}, {counts['failed']} left out")
 
 

@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_line_and_can_be_made_good(whole, tmp_path):
     command += ["--output", tmp_path / "c", "--key", root / "key"]
     done = limited(command, 100_000)
     assert done.returncode == 1
-    assert done.stderr.startswith("prepare: cannot write")
+    assert done.stderr.startswith("error: cannot write")
     assert len(done.stderr.splitlines()) == 1
     run(root / "in", tmp_path / "c", key=root / "key", shard_records=9)
     assert contents(tmp_path / "c") == want

@@ -9,12 +9,11 @@ patient-level permutation test.
 
 import argparse
 import csv
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from ultradino_jax.cli import boundary
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.metrics import (
     accuracy,
@@ -23,6 +22,7 @@ from ultradino_jax.evaluators.classification.metrics import (
     resampled_weights,
     weighted_confusions,
 )
+from ultradino_jax.whole import read_json
 
 STATISTICS = {"macro F1": macro_f1, "accuracy": accuracy}
 
@@ -36,7 +36,7 @@ def read_entry(path: str | Path, entry: str = "") -> dict:
     Raises UserError naming the entries when the choice is not clear.
     """
     path = Path(path)
-    results = json.loads(path.read_text())
+    results = read_json(path)
     if results.get("format") != "ultradino_classification":
         raise UserError(f"{path}: not the results of a classification evaluation")
     labels = list(results["entries"])
@@ -140,11 +140,9 @@ def main(argv=None) -> None:
     parser.add_argument("--entry-a", default="", help="e.g. 'raw pixels/knn'")
     parser.add_argument("--entry-b", default="", help="default: the teacher's")
     args = parser.parse_args(argv)
-    try:
+    with boundary():
         a, b = read_entry(args.a, args.entry_a), read_entry(args.b, args.entry_b)
         results = compare(a, b)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
     patients = len(set(a["patients"]))
     print(f"a: {a['name']} in {args.a}\nb: {b['name']} in {args.b}")
     print(f"{len(a['ids'])} test images of {patients} patients")

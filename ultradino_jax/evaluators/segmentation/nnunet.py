@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -304,22 +303,19 @@ def main(argv) -> None:
     """Command line: export, run or collect."""
     f = flags.FLAGS
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets narrates at INFO
-    try:
-        if argv[1:] == ["export"] and f.config is not None:
-            export(f.config, f.workdir)
-        elif argv[1:] == ["run"]:
-            if not f.bin:
-                raise UserError(
-                    f"--bin names the environment of nnU-Net; to install it: {INSTALL}"
-                )
-            options = dict(trainer=f.trainer, device=f.device, processes=f.processes)
-            run(f.workdir, f.bin, **options)
-        elif argv[1:] == ["collect"]:
-            collect(f.workdir)
-        else:
-            raise app.UsageError("say export (with --config), run or collect")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if argv[1:] == ["export"] and f.config is not None:
+        export(f.config, f.workdir)
+    elif argv[1:] == ["run"]:
+        if not f.bin:
+            raise UserError(
+                f"--bin names the environment of nnU-Net; to install it: {INSTALL}"
+            )
+        options = dict(trainer=f.trainer, device=f.device, processes=f.processes)
+        run(f.workdir, f.bin, **options)
+    elif argv[1:] == ["collect"]:
+        collect(f.workdir)
+    else:
+        raise app.UsageError("say export (with --config), run or collect")
 
 
 if __name__ == "__main__":
