@@ -26,6 +26,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ultradino_jax.jsonl import read_rows
+from ultradino_jax.whole import write_json
+
 ROOT = Path(__file__).parent.parent
 RUNS = {
     "first": {},
@@ -59,11 +62,8 @@ def command(workdir: Path, steps: int, seed: int = 0) -> list[str]:
 
 def losses(workdir: Path) -> dict[int, float]:
     """{step: iBOT loss} of the complete lines of metrics.jsonl."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    whole = path.read_text().rpartition("\n")[0].splitlines()
-    return {row["step"]: row["ibot"] for row in map(json.loads, whole)}
+    rows = read_rows(workdir / "metrics.jsonl")
+    return {row["step"]: row["ibot"] for row in rows}
 
 
 def run(
@@ -134,10 +134,9 @@ def main(argv=None) -> None:
         "largest_difference": {name: max(values) for name, values in apart.items()},
         "last_ibot_loss": list(table["first"].values())[-1],
     }
-    text = json.dumps(summary, indent=1)
-    (args.out / "reproducibility.json").write_text(text + "\n")
+    write_json(args.out / "reproducibility.json", summary)
     plot(table, apart, args.out / "reproducibility.png")
-    print(text)
+    print(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ultradino_jax import sharding
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.pretraining.step import init_state
 from ultradino_jax.run.plan import make_plan
-from ultradino_jax.run.train import compiled_step
+from ultradino_jax.run.program import compiled_step
 from ultradino_jax.tree import flat_names
 
 
@@ -22,7 +22,7 @@ def run_steps(config, num_devices, fsdp, steps=3):
 
     shardings = sharding.state_shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=shardings)()
-    step = compiled_step(config, plan, mesh, state)
+    step = compiled_step(plan, mesh, state)
     stream = build_pipeline(
         plan.source,
         plan.crops,

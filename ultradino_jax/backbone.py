@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from ultradino_jax.sharding import wait_for_all
 from ultradino_jax.tree import flat_names
+from ultradino_jax.whole import whole_folder, write_json
 
 
 def params_digest(params) -> str:
@@ -76,17 +75,10 @@ def save_backbone(directory: str | Path, backbone: Backbone, **facts) -> None:
     existing folder is replaced only once the new one is complete. With several
     processes all of them call it, as Orbax expects.
     """
-    directory = Path(directory).absolute()
-    fresh = directory.with_name(directory.name + ".new")
     first = jax.process_index() == 0
-    if first:
-        shutil.rmtree(fresh, ignore_errors=True)
-    wait_for_all("fresh folder")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(fresh / "params", backbone.params)
-    if first:
-        record = {**backbone_record(backbone), **facts}
-        (fresh / "backbone.json").write_text(json.dumps(record, indent=1) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        fresh.rename(directory)
-    wait_for_all("backbone in place")
+    with whole_folder(directory, first=first, meet=wait_for_all) as fresh:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(fresh / "params", backbone.params)
+        if first:
+            record = {**backbone_record(backbone), **facts}
+            write_json(fresh / "backbone.json", record)

@@ -5,6 +5,7 @@ where the data stream stands. A backbone is a folder with `backbone.json`, which
 how to build and feed it, and its parameters.
 """
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -139,6 +140,12 @@ class RunCheckpoints:
         """Step of the newest checkpoint that is complete on disk, or None."""
         names = [path.name for path in self.directory.glob("*")]
         return max((int(name) for name in names if name.isdigit()), default=None)
+
+    def last_good(self) -> int | None:
+        """`newest`, once the save in flight is on disk or has failed."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        return self.newest()
 
     def wait(self) -> None:
         """Block until the save in flight is on disk; raises if it failed."""

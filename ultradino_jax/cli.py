@@ -7,52 +7,28 @@ of the program and keeps its traceback.
 """
 
 import contextlib
-import errno
-import os
 import sys
 from collections.abc import Callable, Iterator
 
 from absl import app
 
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import Paused, user_line
 
-# What libraries that wrap the operating system's errors leave in their texts.
-_DISK = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)}
-_MEMORY = "RESOURCE_EXHAUSTED"
-_NO_BACKEND = "Unable to initialize backend"
-
-
-def user_line(error: BaseException) -> str | None:
-    """The line for an error that a user can mend, None for a fault of the program."""
-    if isinstance(error, UserError | OSError):
-        return str(error) or type(error).__name__
-    if isinstance(error, MemoryError):
-        return "out of memory: smaller batches or images, or fewer workers need less"
-    text = _first_line(error)
-    if _MEMORY in text:
-        return f"the device is out of memory: {text[:200]}"
-    if _NO_BACKEND in str(error):
-        return (
-            f"{text[:200]} (JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r})"
-        )
-    if any(words in str(error) for words in _DISK):
-        return text[:200]
-    cause = error.__cause__ or (
-        None if error.__suppress_context__ else error.__context__
-    )
-    return str(cause) if isinstance(cause, OSError) else None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()
+# sysexits.h EX_TEMPFAIL: saved on a signal, the same command goes on.
+EXIT_PAUSED = 75
 
 
 @contextlib.contextmanager
 def boundary() -> Iterator[None]:
-    """End the program with `error: LINE` and exit code 1 when a user can mend it."""
+    """End the program with `error: LINE` and exit code 1 when a user can mend it.
+
+    Work that was saved on a signal ends with `paused: LINE` and EXIT_PAUSED.
+    """
     try:
         yield
+    except Paused as paused:
+        print(f"paused: {paused}", flush=True)
+        sys.exit(EXIT_PAUSED)
     except Exception as error:
         line = user_line(error)
         if line is None:

@@ -1,7 +1,25 @@
 """What a user can mend, told apart from what a programmer must."""
 
 import contextlib
+import errno
+import os
+import sys
 from collections.abc import Iterator
+
+# What libraries that wrap the operating system's errors leave in their texts.
+_DISK = {
+    os.strerror(code)
+    for code in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ESTALE,
+    )
+}
+_MEMORY = "RESOURCE_EXHAUSTED"
+_NO_BACKEND = "Unable to initialize backend"
 
 
 class UserError(ValueError):
@@ -10,6 +28,10 @@ class UserError(ValueError):
     `cli` prints it without a traceback and ends the command with exit code 1. Every
     other exception, OSError apart, is a fault of the program and keeps its traceback.
     """
+
+
+class Paused(Exception):
+    """The work was saved on a signal; the message says where it goes on."""
 
 
 class MissingPackage(UserError, ImportError):
@@ -28,5 +50,48 @@ def as_user_error(prefix: str = "") -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(prefix + lines[0].strip()) from error
+        raise UserError(prefix + _first_line(error)) from error
+
+
+def user_line(error: BaseException) -> str | None:
+    """The line for an error that a user can mend, None for a fault of the program."""
+    if isinstance(error, UserError | OSError):
+        return str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return "out of memory: smaller batches or images, or fewer workers need less"
+    text = str(error)
+    disk = next((line for line in text.splitlines() if _on_disk(line)), "")
+    if disk:  # TensorStore calls a full disk RESOURCE_EXHAUSTED, too
+        return disk.strip()[-200:]
+    if _MEMORY in text:
+        return f"the device is out of memory: {_first_line(error)}"
+    platforms = f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}"
+    if _NO_BACKEND in text:
+        return f"{_first_line(error)} ({platforms})"
+    # Without an NVIDIA card JAX skips 'cuda' and then asserts that something is left.
+    if isinstance(error, AssertionError) and _no_backend():
+        return f"{platforms}, but there is no such device here"
+    cause = error.__cause__
+    if cause is None and not error.__suppress_context__:
+        cause = error.__context__
+    return str(cause) if isinstance(cause, OSError) else None
+
+
+def _on_disk(text: str) -> bool:
+    return any(words in text for words in _DISK)
+
+
+def _no_backend() -> bool:
+    """Whether JAX has been imported and finds no device at all."""
+    if "jax" not in sys.modules:
+        return False
+    try:
+        sys.modules["jax"].devices()
+    except Exception:
+        return True
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()[:200]

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ultradino_jax.claim import claim
-from ultradino_jax.cli import boundary
+from ultradino_jax.cli import command
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
@@ -142,16 +142,15 @@ def main(argv=None) -> None:
     parser.add_argument("--mode", choices=MODES, default="resize")
     parser.add_argument("--overlays", action="store_true")
     flags = parser.parse_args(argv)
-    with boundary():
-        counts = segment(
-            flags.checkpoint,
-            flags.input,
-            flags.output,
-            mode=flags.mode,
-            overlays=flags.overlays,
-        )
+    counts = segment(
+        flags.checkpoint,
+        flags.input,
+        flags.output,
+        mode=flags.mode,
+        overlays=flags.overlays,
+    )
     print(f"{counts['images']} masks in {flags.output}, {counts['failed']} left out")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -16,7 +16,7 @@ from ultradino_jax.data.crops import NUM_GLOBAL
 from ultradino_jax.data.masking import mask_buffer_length
 from ultradino_jax.pretraining.step import init_state
 from ultradino_jax.run.plan import Plan, make_plan
-from ultradino_jax.run.train import compiled_step
+from ultradino_jax.run.program import compiled_step
 from ultradino_jax.sharding import (
     abstract_with,
     batch_sharding,
@@ -69,14 +69,14 @@ def devices_of(platform: str, count: int) -> list:
     return list(topology.devices)
 
 
-def abstract_batch(config, plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch whose crops the host renders; see `data.pipeline`."""
-    w, c = plan.groups, config.data.channels
-    b = config.batch_size // w
+    w, c, feed = plan.groups, plan.channels, plan.feed
+    b = feed.batch_size // w
     size, local = plan.crops.global_size, plan.crops.local_size
-    patches = (size // config.model.patch_size) ** 2
+    patches = (size // feed.patch_size) ** 2
     length = mask_buffer_length(
-        NUM_GLOBAL * b, patches, config.masking.probability, tuple(config.masking.ratio)
+        NUM_GLOBAL * b, patches, feed.mask_probability, feed.mask_ratio
     )
     shapes = {
         "global_crops": ((NUM_GLOBAL, b, size, size, c), jnp.uint8),
@@ -102,6 +102,6 @@ def lower_step(config, devices):
 
     state = jax.eval_shape(init)
     state = abstract_with(state_shardings(state, mesh), state)
-    batch = abstract_batch(config, plan)
+    batch = abstract_batch(plan)
     batch = abstract_with(jax.tree.map(lambda x: batch_sharding(mesh), batch), batch)
-    return compiled_step(config, plan, mesh, state).lower(state, batch), plan, state
+    return compiled_step(plan, mesh, state).lower(state, batch), plan, state

@@ -20,13 +20,12 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from ultradino_jax.checkpoint import Retention
 from ultradino_jax.health.checkups import Doctor
 from ultradino_jax.pretraining import step as pretrain
 from ultradino_jax.pretraining.diagnostics import watch
 from ultradino_jax.run.feed import pipeline
 from ultradino_jax.run.plan import make_plan
-from ultradino_jax.run.train import teacher_of
+from ultradino_jax.run.program import teacher_of
 from ultradino_jax.run.writer import Writer
 from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
 
@@ -44,7 +43,7 @@ def unwatched(terms, *args):
     return {}
 
 
-def compiled(config, plan, mesh, state, batch, how):
+def compiled(plan, state, batch, how):
     """The train step as an executable that keeps its input alive."""
     with mock.patch.object(pretrain, "watch", how):
         step = pretrain.make_train_step(
@@ -69,16 +68,27 @@ def median_seconds(steps: dict, state, batch, rounds: int) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def examine_seconds(config, plan, mesh, state, times: int = 2) -> list[float]:
+def examine_seconds(plan, mesh, state, times: int = 2) -> list[float]:
     """Seconds of each look, panels included."""
     with tempfile.TemporaryDirectory() as folder:
         writer = Writer(folder)
-        doctor = Doctor(config, plan, Path(folder), writer, Retention(), 0, print)
+        doctor = Doctor(
+            plan.health,
+            plan.facts,
+            plan.source,
+            plan.modules.dino_head,
+            workdir=Path(folder),
+            writer=writer,
+            scores={},
+            total_steps=plan.total_steps,
+            start=0,
+            say=print,
+        )
         seconds = []
         for i in range(times):
             start = time.perf_counter()
-            teacher, *head = teacher_of(config, plan, state, mesh)
-            doctor.examine((i + 1) * config.health.every, teacher, *head)
+            teacher, *head = teacher_of(plan, state, mesh)
+            doctor.examine((i + 1) * plan.health.every, teacher, *head)
             seconds.append(time.perf_counter() - start)
         doctor.close()
         writer.close()
@@ -91,7 +101,7 @@ def main(argv):
     config = CONFIG.value
     mesh = make_mesh()
     plan = make_plan(config, mesh.size)
-    stream = pipeline(config, plan, 0, 1)
+    stream = pipeline(plan, 0, 1)
     batch = {k: v for k, v in next(stream).items() if k not in ("index", "bad")}
     stream.close()
     batch = jax.device_put(batch, batch_sharding(mesh))
@@ -103,11 +113,11 @@ def main(argv):
         out_shardings=replicated(mesh),
     )()
     steps = {
-        name: compiled(config, plan, mesh, state, batch, how)
+        name: compiled(plan, state, batch, how)
         for name, how in (("without", unwatched), ("with", watch))
     }
     seconds = median_seconds(steps, state, batch, ROUNDS.value)
-    first, later = examine_seconds(config, plan, mesh, state)
+    first, later = examine_seconds(plan, mesh, state)
     looks = TOTAL.value // EVERY.value
     stops = first + (looks - 1) * later
     step_cost = seconds["with"] / seconds["without"] - 1

@@ -41,7 +41,7 @@ from experiments.benchmarks.turns import Worker, share_cores
 from ultradino_jax.pretraining.step import init_state
 from ultradino_jax.run.feed import pipeline
 from ultradino_jax.run.plan import make_plan
-from ultradino_jax.run.train import compiled_step, executable
+from ultradino_jax.run.program import compiled_step, executable
 from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
 from ultradino_jax.weights.meta import dino_head_state, vit_state
 
@@ -83,9 +83,9 @@ def changed(config, variant: str):
     return config
 
 
-def fixed_batch(config, plan) -> dict[str, np.ndarray]:
+def fixed_batch(plan) -> dict[str, np.ndarray]:
     """The batch of step 0."""
-    stream = pipeline(config, plan, 0, 1)
+    stream = pipeline(plan, 0, 1)
     batch = {k: v for k, v in next(stream).items() if k not in ("index", "bad")}
     stream.close()
     return batch
@@ -105,9 +105,9 @@ def serve_ours(config) -> None:
         lambda: init_state(plan.modules, plan.optimizer, key, channels),
         out_shardings=replicated(mesh),
     )()
-    batch = jax.device_put(fixed_batch(config, plan), batch_sharding(mesh))
+    batch = jax.device_put(fixed_batch(plan), batch_sharding(mesh))
     start = time.perf_counter()
-    step = compiled_step(config, plan, mesh, state)
+    step = compiled_step(plan, mesh, state)
     step = executable(step, (state, batch), lambda line: None)
     memory = step.memory_analysis()
     about = {
@@ -140,7 +140,7 @@ def write_input(config, path: Path) -> None:
     arrays = {f"student/backbone.{k}": v for k, v in backbone.items()}
     head = dino_head_state(state["dino_head"])
     arrays |= {f"student/dino_head.{k}": v for k, v in head.items()}
-    batch = fixed_batch(config, plan)
+    batch = fixed_batch(plan)
     for name in ("global_crops", "local_crops"):
         crops = np.asarray(plan.objective.normalise(batch[name]))
         arrays[f"batch/{name}"] = rearrange(crops, "1 v b h w c -> (v b) c h w")

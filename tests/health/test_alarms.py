@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -36,7 +37,7 @@ def test_a_healthy_run_raises_no_alarm():
 def planted(one_device, tiny_config, tmp_path_factory):
     """One run whose teacher fails in phases: healthy, uniform, one-hot, too fast."""
     import ultradino_jax.run.plan as plan_module
-    import ultradino_jax.run.train as module
+    import ultradino_jax.run.program as module
 
     make_step, make_schedules = module.make_train_step, plan_module.make_schedules
 
@@ -185,13 +186,9 @@ def test_dimensional_collapse(patient):
 
 
 def test_data_starvation_on_a_clock(monkeypatch):
-    import ultradino_jax.run.stops as module
-
     clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    meter = Meter.__new__(Meter)
-    meter.plan = type("Plan", (), {"flops_per_step": 1e9})()
-    meter.batch_size, meter.peak, meter.last = 8, None, None
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = Meter(1e9, 8, "float32")
     watch, events = alarms.Watch(alarms.Facts()), []
     for step in range(20):
         meter.reset()

@@ -5,12 +5,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import ultradino_jax.run.train as training  # noqa: E402
 from configs import continue_pretrain  # noqa: E402
 from tests.weights.test_torch_files import random_state  # noqa: E402
-from ultradino_jax.health.phantom_knn import make_guard  # noqa: E402
-from ultradino_jax.run.plan import phantom_source  # noqa: E402
-from ultradino_jax.run.train import RunStopped, train  # noqa: E402
+from ultradino_jax.run import loop, program  # noqa: E402
+from ultradino_jax.run.stops import RunStopped  # noqa: E402
+from ultradino_jax.run.train import train  # noqa: E402
 from ultradino_jax.weights.load import load_backbone  # noqa: E402
 from ultradino_jax.weights.meta import Architecture  # noqa: E402
 
@@ -32,6 +31,7 @@ def dinov2_file(path):
     return path
 
 
+@pytest.mark.usefixtures("one_device")
 def test_it_is_frozen_then_trained_and_stopped_when_it_collapses(tmp_path, monkeypatch):
     """Two steps frozen, two trained, then the teacher dies."""
     config = continue_pretrain.get_config()
@@ -40,15 +40,14 @@ def test_it_is_frozen_then_trained_and_stopped_when_it_collapses(tmp_path, monke
     assert (config.optim.freeze_backbone_epochs, config.knn.guard) == (1.0, 0.05)
     converted = load_backbone(config.init_from, image_size=32, channels=1)
     assert converted.name == "dinov2_vitt8_reg4"
-    check = make_guard(config.knn.patients, phantom_source(config), config.knn.guard)
-    seen = []
+    seen, save = [], loop.save_backbone
 
-    def guard(teacher, start, step):
-        seen.append((step, teacher, start))
-        if problem := check(teacher, start, step):
-            raise RunStopped(problem)
+    def saving(folder, teacher, step):
+        seen.append((step, teacher.digest, teacher))
+        save(folder, teacher, step=step)
 
-    make = training.make_train_step
+    monkeypatch.setattr(loop, "save_backbone", saving)
+    make = program.make_train_step
 
     def collapsing(*args, **options):
         honest = make(*args, **options)
@@ -61,13 +60,12 @@ def test_it_is_frozen_then_trained_and_stopped_when_it_collapses(tmp_path, monke
 
         return train_step
 
-    monkeypatch.setattr(training, "make_train_step", collapsing)
+    monkeypatch.setattr(program, "make_train_step", collapsing)
     with pytest.raises(RunStopped, match=r"kNN fell to .* at step 6, .* lower optim"):
-        train(config, tmp_path / "run", guard)
-    steps, teachers, starts = zip(*seen, strict=True)
+        train(config, tmp_path / "run")
+    steps, digests, teachers = zip(*seen, strict=True)
     assert steps == (2, 4, 6)
-    assert {start.digest for start in starts} == {converted.digest}
-    assert teachers[0].digest == converted.digest  # frozen
-    assert teachers[1].digest != converted.digest
+    assert digests[0] == converted.digest  # frozen
+    assert digests[1] != converted.digest
     assert teachers[1].model.num_registers == 4 and teachers[1].channels == 1
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()  # nothing is lost

@@ -1,63 +1,82 @@
 """Looks after a run: the probe at its cadence, the alarms, the pictures."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-
-import jax
-from ml_collections import ConfigDict
+from typing import Protocol
 
 from ultradino_jax.backbone import Backbone
-from ultradino_jax.checkpoint import Retention
+from ultradino_jax.data.phantom.source import PhantomSource
+from ultradino_jax.errors import UserError
 from ultradino_jax.health import alarms
 from ultradino_jax.health.panels import attention_panel, png
 from ultradino_jax.health.teacher import Probe
 from ultradino_jax.jsonl import MetricFile, read_rows
-from ultradino_jax.run.plan import Plan, phantom_source
-from ultradino_jax.run.stops import RunStopped
-from ultradino_jax.run.writer import Writer
 
 
-def facts_of(config: ConfigDict, plan: Plan) -> alarms.Facts:
-    """What the alarms must know of a run."""
-    return alarms.Facts(
-        warmup=int(config.optim.warmup_epochs * plan.steps_per_epoch),
-        dino_weight=config.loss.dino_weight,
-        num_prototypes=config.head.num_prototypes,
-    )
+@dataclass(frozen=True)
+class HealthSettings:
+    """When a teacher is looked at, and on what.
+
+    every: steps, 0 is never. images: of the training set. labels, patients, phantom:
+    see `teacher.load_labelled`. panels_every: looks per attention panel, 0 for none.
+    """
+
+    every: int
+    images: int
+    labels: str
+    patients: int
+    panels_every: int
+    phantom: PhantomSource
+
+
+class Writer(Protocol):
+    """Where measurements and pictures go."""
+
+    def write_health(self, step: int, values: dict) -> None:
+        """Record what the probe measured after a step."""
+
+    def image(self, name: str, step: int, pixels, png: bytes) -> None:
+        """Keep an image [H,W,3] uint8."""
 
 
 class Doctor:
     """Health of one run, from step `start` on.
 
-    Raises RunStopped with one line when the labelled set cannot be read.
+    source: the training images. head: the DINO head's module. writer: None where
+    another process writes. scores: {steps done: kNN}, filled in as it is measured.
+    Raises UserError or OSError with one line when the labelled set cannot be read.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
-        plan: Plan,
+        settings: HealthSettings,
+        facts: alarms.Facts,
+        source,
+        head,
+        *,
         workdir: Path,
         writer: Writer | None,
-        retention: Retention,
+        scores: dict[int, float],
+        total_steps: int,
         start: int,
         say,
     ):
-        self.plan, self.writer, self.say = plan, writer, say
-        self.settings = config.health
-        self.retention = retention
+        self.settings, self.head, self.total_steps = settings, head, total_steps
+        self.writer, self.scores, self.say = writer, scores, say
         self.spent = 0.0
         self.prepared = False
         self.probe = Probe(
-            plan.source,
-            images=config.health.images,
-            labels=config.health.labels,
-            patients=config.health.patients,
-            phantom=phantom_source(config),
+            source,
+            images=settings.images,
+            labels=settings.labels,
+            patients=settings.patients,
+            phantom=settings.phantom,
         )
         for row in read_rows(workdir / "health.jsonl"):
             if row["step"] < start:
-                retention.scores[row["step"] + 1] = row["knn"]
-        self.watch, events = alarms.replay(workdir, facts_of(config, plan), start)
+                scores[row["step"] + 1] = row["knn"]
+        self.watch, events = alarms.replay(workdir, facts, start)
         self.file = None
         if writer:
             self.file = MetricFile(workdir / "alarms.jsonl", 0)
@@ -67,27 +86,31 @@ class Doctor:
     def due(self, done: int) -> bool:
         """Whether the teacher is examined after `done` steps."""
         every = self.settings.every
-        return every > 0 and (done % every == 0 or done == self.plan.total_steps)
+        return every > 0 and (done % every == 0 or done == self.total_steps)
+
+    def missed(self, start: int) -> bool:
+        """Whether a run that goes on from `start` was stopped before its look there."""
+        return start > 0 and self.due(start) and start not in self.scores
 
     def examine(self, done: int, teacher: Backbone, head_params, center) -> None:
-        """Measure, log, and draw every `health.panels_every`-th time."""
+        """Measure, log, and draw every `health.panels_every`-th time.
+
+        Several processes do the same work, each on its own devices.
+        """
         start = time.monotonic()
-        # Several processes do the same work, each on its own devices.
-        teacher, head_params, center = _local((teacher, head_params, center))
         if not self.prepared:
             try:
                 self.probe.prepare(teacher)
-            except (ValueError, OSError) as error:
-                raise RunStopped(f"health: {error}") from error
+            except (UserError, OSError) as error:
+                raise UserError(f"health: {error}") from error
             self.prepared = True
-        head = self.plan.modules.dino_head
-        values = self.probe(teacher, head, head_params, center)
-        self.retention.scores[done] = values["knn"]
+        values = self.probe(teacher, self.head, head_params, center)
+        self.scores[done] = values["knn"]
         if self.writer:
             self.writer.write_health(done - 1, values)
             every = self.settings.panels_every
             count = -(-done // self.settings.every)
-            if every and (count % every == 0 or done == self.plan.total_steps):
+            if every and (count % every == 0 or done == self.total_steps):
                 panel = attention_panel(teacher, self.probe.panel_images())
                 self.picture("attention", done - 1, panel)
             self.look("health", {"step": done - 1, **values})
@@ -126,16 +149,3 @@ class Doctor:
         """Close alarms.jsonl."""
         if self.file:
             self.file.close()
-
-
-def _local(parts):
-    """The same values as host arrays where the devices are not all this process's."""
-    if jax.process_count() == 1:
-        return parts
-    backbone, head_params, center = parts
-    params = jax.device_get(backbone.params)
-    return (
-        Backbone(**{**vars(backbone), "params": params}),
-        jax.device_get(head_params),
-        jax.device_get(center),
-    )

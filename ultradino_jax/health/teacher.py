@@ -5,7 +5,6 @@ source and the settings, so a resumed run gets the same ones.
 """
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -17,23 +16,12 @@ from ultradino_jax.data.datasets.table import load_class_folders, load_csv
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import BadImage
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.classification.knn import knn_accuracy
 from ultradino_jax.evaluators.features import Preprocess, extract_features
 from ultradino_jax.health.features import feature_health, prototypes_used
-from ultradino_jax.health.phantom_knn import FIRST_PATIENT, labelled_phantoms
+from ultradino_jax.health.phantom_knn import Labelled, knn_score, labelled_phantoms
 
 PANEL_IMAGES = 4
 CHUNK = 64
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images uint8 [n,S,S,C] with labels [n]; `known` marks the neighbours' half."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    known: np.ndarray
-    classes: int
 
 
 def sample_source(source, count: int, preprocess: Preprocess, seed: int = 0):
@@ -67,10 +55,7 @@ def load_labelled(
     UserError or OSError with one line.
     """
     if not labels:
-        images, y, groups = labelled_phantoms(patients, phantom, preprocess.image_size)
-        known, classes = groups < FIRST_PATIENT + patients // 2, int(y.max()) + 1
-        images = [preprocess.resize(x) for x in images]
-        return Labelled(np.stack(images), y, known, classes)
+        return labelled_phantoms(patients, phantom, preprocess.image_size)
     load = load_csv if Path(labels).suffix == ".csv" else load_class_folders
     data = load(labels)
     images = np.stack([preprocess.resize(data[i]) for i in range(len(data))])
@@ -81,13 +66,12 @@ class Probe:
     """Health of a teacher: probe(backbone, head, head_params, center) -> values.
 
     source: training images, of which `images` are looked at. labels, patients,
-    phantom: see `load_labelled`. k: neighbours of the kNN.
+    phantom: see `load_labelled`.
     """
 
     def __init__(self, source, *, images: int, labels: str, patients: int, phantom):
         self.source, self.images, self.labels = source, images, labels
         self.patients, self.phantom = patients, phantom
-        self._ready = None
 
     def prepare(self, backbone: Backbone) -> None:
         """Read the images, once. Raises UserError or OSError with one line."""
@@ -103,21 +87,14 @@ class Probe:
 
     def __call__(self, backbone: Backbone, head, head_params, center):
         """Values of health.jsonl; `head` and `center` [K] are the teacher's, DINO's."""
-        images = np.concatenate([self.sample, self.labelled.images])
-        features = extract_features(backbone, images, name="health")
-        cls, n = features.cls[:, -1], len(self.sample)
-        values = feature_health(cls[:n], features.mean_patch[:n])
-        winners = winning_prototypes(head, head_params, center, cls[:n])
-        values["prototypes_used"] = prototypes_used(winners, head.num_prototypes)
-        y, known = self.labelled.labels, self.labelled.known
-        both = np.concatenate([_unit(cls[n:]), _unit(features.mean_patch[n:])], axis=1)
-        split = (both[known], y[known], both[~known], y[~known])
-        accuracy = knn_accuracy(*split, num_classes=self.labelled.classes, ks=(20,))
-        return {"knn": accuracy[20], **values}
-
-
-def _unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+        features = extract_features(backbone, self.sample, name="health")
+        cls = features.cls[:, -1]
+        winners = winning_prototypes(head, head_params, center, cls)
+        return {
+            "knn": knn_score(backbone, self.labelled),
+            **feature_health(cls, features.mean_patch),
+            "prototypes_used": prototypes_used(winners, head.num_prototypes),
+        }
 
 
 @functools.partial(jax.jit, static_argnames="head")

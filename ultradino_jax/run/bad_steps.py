@@ -1,6 +1,5 @@
 """What happens to steps that are not finite and images that cannot be read."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -8,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.data.sources import BadImage
-from ultradino_jax.jsonl import read_rows
+from ultradino_jax.jsonl import append, open_rows, read_rows
 from ultradino_jax.optimizer import CountState
+from ultradino_jax.run.settings import NanPolicy
 from ultradino_jax.run.stops import RunStopped
+from ultradino_jax.whole import write_json
 
 
 class BadRecords:
@@ -20,10 +21,9 @@ class BadRecords:
         self.path = workdir / "bad_images.jsonl"
         self.source, self.say = source, say
         self.limit = max_fraction * len(source)
-        self.seen = set()
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            self.seen = {json.loads(line)["index"] for line in lines}
+        if jax.process_index() == 0 and self.path.exists():
+            open_rows(self.path).close()  # without a line that a crash cut
+        self.seen = {row["index"] for row in read_rows(self.path)}
 
     def check(self, indices: np.ndarray) -> None:
         """Take note of indices (-1 is padding). Raises RunStopped over the limit."""
@@ -35,9 +35,8 @@ class BadRecords:
                 reason = "unreadable when it was drawn"
             except BadImage as error:
                 reason = error.reason
-            line = {"index": index, "record": record, "reason": reason}
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.path.open("ab") as file:
+                append(file, {"index": index, "record": record, "reason": reason})
             self.say(f"skipped image {record}: {reason}")
         if len(self.seen) > self.limit:
             raise RunStopped(
@@ -49,12 +48,14 @@ class BadRecords:
 class Skips:
     """What happens to a step whose numbers are not finite.
 
-    settings: nan.policy, 'stop' or 'skip' (the update was not applied), and
-    nan.max_skips. Skipped steps are listed in skipped.jsonl with their records.
+    With the policy 'skip' its update was not applied; it is listed in skipped.jsonl
+    with its records.
     """
 
-    def __init__(self, workdir: Path, source, settings, writer, start: int, say):
-        self.workdir, self.source, self.settings = workdir, source, settings
+    def __init__(
+        self, workdir: Path, source, policy: NanPolicy, writer, start: int, say
+    ):
+        self.workdir, self.source, self.policy = workdir, source, policy
         self.writer, self.say = writer, say
         rows = read_rows(workdir / "skipped.jsonl")
         self.count = sum(row["step"] < start for row in rows)
@@ -67,7 +68,7 @@ class Skips:
         values = dict(values)
         values.pop("skipped", None)
         broken = {k: v for k, v in values.items() if not np.isfinite(v)}
-        skip = self.settings.policy == "skip"
+        skip = self.policy.policy == "skip"
         if broken:
             records = [self.source.record_id(i) for i in index.ravel()]
             if not skip:
@@ -86,10 +87,10 @@ class Skips:
             f"step {step} skipped: {', '.join(broken)} not finite; its "
             f"{len(records)} records are in {path} ({self.count} so far)"
         )
-        if self.count > self.settings.max_skips:
+        if self.count > self.policy.max_skips:
             raise RunStopped(
                 f"{self.count} steps were not finite, more than nan.max_skips "
-                f"{self.settings.max_skips}; their records are in {path}; last good "
+                f"{self.policy.max_skips}; their records are in {path}; last good "
                 f"checkpoint: step {last_good()}"
             )
 
@@ -99,10 +100,9 @@ def not_finite(step: int, terms: dict, records: list[str], workdir: Path, last):
 
     records: ids of the batch. last: step of the last good checkpoint, or None.
     """
-    report = {"step": step, "terms": {k: repr(v) for k, v in terms.items()}}
-    (workdir / "nan.json").write_text(
-        json.dumps({**report, "records": records}, indent=1) + "\n"
-    )
+    values = {k: repr(v) for k, v in terms.items()}
+    report = {"step": step, "terms": values, "records": records}
+    write_json(workdir / "nan.json", report)
     shown = ", ".join(f"{k}={v}" for k, v in terms.items())
     names = ", ".join(records[:4]) + (", .." if len(records) > 4 else "")
     good = "none yet" if last is None else f"step {last}"

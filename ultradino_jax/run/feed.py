@@ -1,11 +1,11 @@
 """Batches for the loop: from the pipeline to the devices, whatever its workers do."""
 
 import contextlib
+import dataclasses
 import multiprocessing.resource_tracker
 import signal
 
 import jax
-from ml_collections import ConfigDict
 
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.run.bad_steps import BadRecords
@@ -18,30 +18,17 @@ MAX_RESTARTS = 3
 WORKER_DIED = "terminated unexpectedly"
 
 
-def pipeline(config: ConfigDict, plan: Plan, start_step: int, num_steps: int):
+def pipeline(plan: Plan, start_step: int, num_steps: int):
     """The input stream of this process from `start_step` on."""
-    try:
-        return build_pipeline(
-            plan.source,
-            plan.crops,
-            batch_size=config.batch_size,
-            groups=plan.groups,
-            patch_size=plan.modules.backbone.patch_size,
-            canvas=config.data.canvas if config.data.render == "device" else None,
-            mask_probability=config.masking.probability,
-            mask_ratio=tuple(config.masking.ratio),
-            mask_style=config.masking.style,
-            seed=config.seed,
-            start_step=start_step,
-            num_steps=num_steps,
-            num_workers=config.data.workers,
-            num_threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-    except ValueError as error:
-        raise RunStopped(str(error)) from error
+    return build_pipeline(
+        plan.source,
+        plan.crops,
+        **dataclasses.asdict(plan.feed),
+        start_step=start_step,
+        num_steps=num_steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 @contextlib.contextmanager
@@ -69,16 +56,16 @@ class Feed:
     the run stops.
     """
 
-    def __init__(self, config, plan, start: int, *, sharding, meter: Meter, bad, say):
-        self.config, self.plan, self.sharding = config, plan, sharding
-        self.meter, self.say = meter, say
-        self.bad: BadRecords = bad
+    def __init__(
+        self, plan: Plan, start: int, *, sharding, meter: Meter, bad: BadRecords, say
+    ):
+        self.plan, self.sharding = plan, sharding
+        self.meter, self.bad, self.say = meter, bad, say
         self.restarts = 0
         self._open(start)
 
     def _open(self, step):
-        left = self.plan.total_steps - step
-        self.stream = pipeline(self.config, self.plan, step, left)
+        self.stream = pipeline(self.plan, step, self.plan.total_steps - step)
         self.fresh = True
 
     def __call__(self, step: int, signals: Signals):
@@ -94,7 +81,7 @@ class Feed:
     def _next(self, step, signals):
         while True:
             try:
-                if self.fresh and self.config.data.workers:
+                if self.fresh and self.plan.feed.num_workers:
                     with signals_kept_from_children():
                         batch = next(self.stream)
                 else:

@@ -5,6 +5,13 @@ import time
 
 import jax
 
+from ultradino_jax.data.crops import CropConfig
+from ultradino_jax.data.masking import mask_buffer_length
+from ultradino_jax.models.dino_head import head_flops
+from ultradino_jax.models.vit import forward_flops
+from ultradino_jax.pretraining.objective import Modules
+from ultradino_jax.run.settings import FeedSettings
+
 # Dense bfloat16 peak per device in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
     "H100": 989e12,
@@ -68,3 +75,25 @@ def peak_flops(device: jax.Device) -> float | None:
         if name.lower() in device.device_kind.lower():
             return peak
     return None
+
+
+def step_flops(
+    modules: Modules, crops: CropConfig, feed: FeedSettings, channels: int
+) -> float:
+    """Operations of one step: teacher forward + 3 x student forward, by formula."""
+    backbone, b = modules.backbone, feed.batch_size
+    keep = 1 - backbone.drop_path
+    whole, part = (
+        (side // backbone.patch_size) ** 2
+        for side in (crops.global_size, crops.local_size)
+    )
+    extra = 1 + backbone.num_registers
+    g = forward_flops(backbone, whole + extra, channels)
+    g_kept = forward_flops(backbone, whole + extra, channels, keep)
+    l_kept = forward_flops(backbone, part + extra, channels, keep)
+    masked = mask_buffer_length(2 * b, whole, feed.mask_probability, feed.mask_ratio)
+    head = head_flops(modules.dino_head, backbone.embed_dim)
+    patch_head = head_flops(modules.ibot_head or modules.dino_head, backbone.embed_dim)
+    teacher = 2 * b * (g + head) + masked * patch_head
+    crops_cost = 2 * (g_kept + head) + crops.num_local * (l_kept + head)
+    return teacher + 3 * (b * crops_cost + masked * patch_head)

@@ -8,15 +8,19 @@ from ml_collections import ConfigDict
 
 from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.crops import CropConfig
-from ultradino_jax.data.masking import mask_buffer_length
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import CacheSource, open_source
-from ultradino_jax.errors import UserError
-from ultradino_jax.models.dino_head import DINOHead, head_flops
-from ultradino_jax.models.vit import ViT, build_vit, forward_flops
+from ultradino_jax.errors import UserError, as_user_error
+from ultradino_jax.health.alarms import Facts
+from ultradino_jax.health.checkups import HealthSettings
+from ultradino_jax.health.phantom_knn import KnnSettings
+from ultradino_jax.models.dino_head import DINOHead
+from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.objective import Modules, Objective
+from ultradino_jax.run.meter import step_flops
+from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
 from ultradino_jax.weights.load import load_backbone
@@ -24,19 +28,39 @@ from ultradino_jax.weights.load import load_backbone
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that train.py needs besides a mesh and a workdir."""
+    """All that a run needs besides a mesh and a workdir.
 
+    name: e.g. 'vit_base_patch16'. dtype: of the model, as the config says it. notes:
+    lines to say at the start. start: the weights of init_from. accum_steps: see
+    `make_train_step`.
+    """
+
+    name: str
     source: Any
     crops: CropConfig
     modules: Modules
     objective: Objective
     optimizer: Any
     schedules: dict[str, Schedule]
-    groups: int
+    channels: int
+    dtype: str
+    accum_steps: int
     steps_per_epoch: int
     total_steps: int
     flops_per_step: float
     start: Backbone | None
+    notes: tuple[str, ...]
+    loop: LoopSettings
+    feed: FeedSettings
+    nan: NanPolicy
+    health: HealthSettings
+    facts: Facts
+    knn: KnnSettings
+
+    @property
+    def groups(self) -> int:
+        """W, a multiple of the devices."""
+        return self.feed.groups
 
 
 def normalization(name: str, source, channels: int):
@@ -184,54 +208,80 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedu
     }
 
 
-def step_flops(config: ConfigDict, modules: Modules, crops: CropConfig) -> float:
-    """Operations of one step: teacher forward + 3 x student forward, by formula."""
-    backbone, channels = modules.backbone, config.data.channels
-    keep = 1 - backbone.drop_path
-    patches = {s: (s // backbone.patch_size) ** 2 for s in _sides(crops)}
-    extra = 1 + backbone.num_registers
-    g = forward_flops(backbone, patches[crops.global_size] + extra, channels)
-    g_kept = forward_flops(backbone, patches[crops.global_size] + extra, channels, keep)
-    l_kept = forward_flops(backbone, patches[crops.local_size] + extra, channels, keep)
-    masked = mask_buffer_length(
-        2 * config.batch_size,
-        patches[crops.global_size],
-        config.masking.probability,
-        tuple(config.masking.ratio),
+def make_loop(config: ConfigDict) -> LoopSettings:
+    """How often the run logs and saves, and what it keeps."""
+    return LoopSettings(
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_last=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
-    b, n_local = config.batch_size, crops.num_local
-    head = head_flops(modules.dino_head, backbone.embed_dim)
-    patch_head = head_flops(modules.ibot_head or modules.dino_head, backbone.embed_dim)
-    teacher = 2 * b * (g + head) + masked * patch_head
-    student = (
-        2 * b * (g_kept + head) + n_local * b * (l_kept + head) + masked * patch_head
-    )
-    return teacher + 3 * student
 
 
-def _sides(crops: CropConfig) -> tuple[int, ...]:
-    return (crops.global_size, crops.local_size)
+def make_feed(config: ConfigDict, patch_size: int, num_devices: int) -> FeedSettings:
+    """What the input pipeline is built with; groups are raised for the devices.
 
-
-def make_plan(config: ConfigDict, num_devices: int) -> Plan:
-    """Build and check everything. Raises UserError or OSError, one line each."""
-    source = make_source(config)
-    crops = make_crops(config)
-    start = load_start(config)
-    modules = make_modules(config, start)
-    for side in _sides(crops):
-        if side % modules.backbone.patch_size:
-            raise UserError(
-                f"crop size {side} is not divisible by "
-                f"patch size {modules.backbone.patch_size}"
-            )
+    Raises ValueError or UserError when batch, groups and accum_steps do not divide.
+    """
     groups = resolve_groups(config.groups, config.batch_size, num_devices)
     if groups % (config.accum_steps * num_devices):
         raise UserError(
             f"{groups} groups on {num_devices} devices cannot be cut into accum_steps "
             f"{config.accum_steps}: groups must be a multiple of their product"
         )
-    mean, std = normalization(config.data.normalization, source, config.data.channels)
+    data, masking = config.data, config.masking
+    return FeedSettings(
+        batch_size=config.batch_size,
+        groups=groups,
+        patch_size=patch_size,
+        canvas=data.canvas if data.render == "device" else None,
+        mask_probability=masking.probability,
+        mask_ratio=tuple(masking.ratio),
+        mask_style=masking.style,
+        seed=config.seed,
+        num_workers=data.workers,
+        num_threads=data.threads,
+        prefetch=data.prefetch,
+    )
+
+
+def make_notes(config: ConfigDict, groups: int) -> tuple[str, ...]:
+    """What the user should know and may not have meant."""
+    notes = []
+    if not config.data.root:
+        notes.append(
+            "data.root is empty: training on the built-in phantom, not on real images"
+        )
+    if groups != config.groups:
+        notes.append(
+            f"groups raised from {config.groups} to {groups} for the devices: masks, "
+            f"KoLeo and drop path now work on {config.batch_size // groups} images at "
+            "a time"
+        )
+    return tuple(notes)
+
+
+def make_plan(config: ConfigDict, num_devices: int) -> Plan:
+    """Build and check everything. Raises UserError or OSError, one line each."""
+    with as_user_error():
+        return _make_plan(config, num_devices)
+
+
+def _make_plan(config, num_devices):
+    source = make_source(config)
+    crops = make_crops(config)
+    start = load_start(config)
+    modules = make_modules(config, start)
+    patch_size, channels = modules.backbone.patch_size, config.data.channels
+    for side in (crops.global_size, crops.local_size):
+        if side % patch_size:
+            raise UserError(
+                f"crop size {side} is not divisible by patch size {patch_size}"
+            )
+    feed = make_feed(config, patch_size, num_devices)
+    mean, std = normalization(config.data.normalization, source, channels)
     steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(
@@ -239,7 +289,7 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
             "set steps_per_epoch"
         )
     schedules = make_schedules(config, steps_per_epoch)
-    o = config.optim
+    o, phantom = config.optim, phantom_source(config)
     optimizer = make_optimizer(
         learning_rate=schedules["lr"],
         last_layer_learning_rate=schedules["last_layer_lr"],
@@ -252,15 +302,29 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
         b2=o.b2,
     )
     return Plan(
+        name=start.name if start else vit_name(config),
         source=source,
         crops=crops,
         modules=modules,
         objective=Objective(mean, std, **config.loss),
         optimizer=optimizer,
         schedules=schedules,
-        groups=groups,
+        channels=channels,
+        dtype=config.model.dtype,
+        accum_steps=config.accum_steps,
         steps_per_epoch=steps_per_epoch,
         total_steps=config.epochs * steps_per_epoch,
-        flops_per_step=step_flops(config, modules, crops),
+        flops_per_step=step_flops(modules, crops, feed, channels),
         start=start,
+        notes=make_notes(config, feed.groups),
+        loop=make_loop(config),
+        feed=feed,
+        nan=NanPolicy(**config.nan),
+        health=HealthSettings(phantom=phantom, **config.health),
+        facts=Facts(
+            warmup=int(o.warmup_epochs * steps_per_epoch),
+            dino_weight=config.loss.dino_weight,
+            num_prototypes=config.head.num_prototypes,
+        ),
+        knn=KnnSettings(phantom=phantom, **config.knn),
     )

@@ -1,19 +1,21 @@
-"""What stops a run, and how fast it goes."""
+"""What stops a run before its end, and how several processes agree on it."""
 
 import contextlib
 import signal
 import threading
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-class RunStopped(Exception):
-    """The run cannot start or go on; the message is one line for the user."""
-
-
-# sysexits.h EX_TEMPFAIL: saved on a signal, the same command goes on.
-EXIT_PAUSED = 75
+from ultradino_jax.errors import Paused, UserError
 
 
-class RunPaused(Exception):
+class RunStopped(UserError):
+    """The run cannot go on; the message is one line for the user."""
+
+
+class RunPaused(Paused):
     """A signal ended the run after its state was saved; the message says where."""
 
 
@@ -63,3 +65,18 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def stop_agreed(signals: Signals, step: int, every: int) -> bool:
+    """Whether to save and stop now; several processes agree every `every` steps.
+
+    Not by multihost_utils.reached_preemption_sync_point: XLA's manager behind it hears
+    SIGTERM alone, by a handler that ours replaces, and has no door for another notice,
+    while SLURM is asked for SIGUSR1 and people press Ctrl-C.
+    """
+    if jax.process_count() == 1:
+        return signals.received is not None
+    if step % every:
+        return False
+    wanted = np.array(signals.received is not None)
+    return bool(multihost_utils.process_allgather(wanted).any())

@@ -1,17 +1,20 @@
-"""The folder of a run: one process at a time, one config."""
+"""The folder of a run: one process at a time, one config, what it is about."""
 
 import fcntl
-import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+from clu.parameter_overview import get_parameter_overview
 from ml_collections import ConfigDict
 
+from ultradino_jax.claim import claim
+from ultradino_jax.errors import UserError
 from ultradino_jax.run.plan import Plan
-from ultradino_jax.run.stops import RunStopped
+from ultradino_jax.whole import write_json, write_whole
 
 # Config keys that may differ when a run is resumed: they do not touch its numbers.
 FREE_KEYS = (
@@ -36,13 +39,15 @@ FREE_KEYS = (
     "health.patients",
     "health.panels_every",
 )
+# What a key of the config stands for in runs that were made before there was the key.
+MISSING: dict[str, Any] = {}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Lock:
     """Exclusive use of a workdir, given back by the kernel when the process ends.
 
-    Raises RunStopped naming the process that holds it.
+    Raises UserError naming the process that holds it.
     """
 
     def __init__(self, workdir: Path):
@@ -54,7 +59,7 @@ class Lock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise RunStopped(
+            raise UserError(
                 f"workdir {str(workdir)!r} is in use by {holder}; wait for it or use "
                 "another --workdir"
             ) from None
@@ -67,47 +72,28 @@ class Lock:
         self._file.close()
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json and versions.json, or compare with the ones there.
+    """Write config.json and versions.json, or compare with the config there.
 
-    Raises RunStopped naming every differing key when the workdir belongs to a run of
-    another config.
+    Raises UserError naming every differing key when the workdir belongs to a run of
+    another config. What may differ is noted anew.
     """
-    now = _flat(config.to_dict())
-    path = workdir / "config.json"
-    if path.exists():
-        before = _flat(json.loads(path.read_text()))
-        differing = [
-            f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in FREE_KEYS
-        ]
-        if differing:
-            raise RunStopped(
-                f"workdir {str(workdir)!r} holds a run of another config "
-                f"({'; '.join(differing)}); use another --workdir"
-            )
-    write_whole(path, json.dumps(config.to_dict(), indent=1) + "\n")
+    path, settings = workdir / "config.json", config.to_dict()
+    advice = "use another --workdir"
+    claim(path, settings, "a run", advice, free=FREE_KEYS, missing=MISSING)
+    write_json(path, settings)
     devices = jax.devices()
     versions = {name: version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
     versions["devices"] = f"{len(devices)} x {devices[0].device_kind}"
     versions["system"] = platform.platform()
-    write_whole(workdir / "versions.json", json.dumps(versions, indent=1) + "\n")
+    write_json(workdir / "versions.json", versions)
 
 
 def record_run(plan: Plan, workdir: Path) -> None:
-    """Write run.json: what the config leaves to the data and the devices."""
+    """Write run.json, what the config leaves to the data and the devices, and
+    parameters.txt, a table of names, shapes and sizes.
+    """
     facts = {
         "images": len(plan.source),
         "digest": plan.source.digest(),
@@ -119,11 +105,30 @@ def record_run(plan: Plan, workdir: Path) -> None:
         "mean": list(plan.objective.mean),
         "std": list(plan.objective.std),
     }
-    write_whole(workdir / "run.json", json.dumps(facts, indent=1) + "\n")
+    write_json(workdir / "run.json", facts)
+    table = get_parameter_overview(
+        _parameters(plan), include_stats=False, max_lines=None
+    )
+    write_whole(workdir / "parameters.txt", table + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a full disk leaves the old one."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    fresh.replace(path)
+def _parameters(plan: Plan) -> dict:
+    """Shapes of the student's parameters."""
+    return jax.eval_shape(lambda: plan.modules.init(jax.random.key(0), plan.channels))
+
+
+def describe(plan: Plan, mesh, say) -> None:
+    """Say what is about to run."""
+    devices = jax.devices()
+    say(
+        f"{len(plan.source)} images; {plan.total_steps} steps of "
+        f"{plan.feed.batch_size} in {plan.groups} groups on {len(devices)} x "
+        f"{devices[0].device_kind} (mesh {dict(mesh.shape)})"
+    )
+    for note in plan.notes:
+        say(note)
+    sizes = ", ".join(
+        f"{name} {sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M"
+        for name, tree in _parameters(plan).items()
+    )
+    say(f"{sizes} parameters; {plan.flops_per_step / 1e9:.0f} GFLOP per step")

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from ultradino_jax.data.datasets.labelled import labelled_images
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.compare import compare, main, read_entry
 from ultradino_jax.evaluators.classification.results import (
     FORMAT,
@@ -60,7 +61,7 @@ def test_compare_reads_what_was_written(written, capsys):
     main([str(path), str(path), "--entry-b", "raw pixels/linear"])
     printed = capsys.readouterr().out
     assert "60 test images of 5 patients" in printed and "macro F1" in printed
-    with pytest.raises(SystemExit, match="choose one entry of teacher/linear, raw pix"):
+    with pytest.raises(UserError, match="choose one entry of teacher/linear, raw pix"):
         main([str(path), str(path), "--entry-a", "student/linear"])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.cli import boundary
+from ultradino_jax.cli import command
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.bootstrap import (
     interval,
@@ -142,9 +142,8 @@ def main(argv=None) -> None:
     parser.add_argument("--entry-a", default="", help="e.g. 'raw pixels/knn'")
     parser.add_argument("--entry-b", default="", help="default: the teacher's")
     args = parser.parse_args(argv)
-    with boundary():
-        a, b = read_entry(args.a, args.entry_a), read_entry(args.b, args.entry_b)
-        results = compare(a, b)
+    a, b = read_entry(args.a, args.entry_a), read_entry(args.b, args.entry_b)
+    results = compare(a, b)
     patients = len(set(a["patients"]))
     print(f"a: {a['name']} in {args.a}\nb: {b['name']} in {args.b}")
     print(f"{len(a['ids'])} test images of {patients} patients")
@@ -160,4 +159,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
