@@ -16,7 +16,8 @@ from ultradino_jax.models.dino_head import DINOHead, head_flops
 from ultradino_jax.models.vit import ViT, build_vit, forward_flops
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
-from ultradino_jax.pretraining.objective import Modules, Objective
+from ultradino_jax.pretraining.networks import Modules
+from ultradino_jax.pretraining.objective import Objective
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
 from ultradino_jax.weights.load import load_backbone_file

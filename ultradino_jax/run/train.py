@@ -122,7 +122,7 @@ def train(
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         plan, mesh = start_run(config, workdir, stack)
-        progress = Progress(plan.total_steps)
+        progress = Progress(plan.total_steps, weights=plan.objective.weights)
         stack.callback(progress.close)
         say = progress.say if is_main else (lambda text: None)
         keep = Retention(config.keep_checkpoints, config.keep_every, config.keep_best)
@@ -213,8 +213,7 @@ def compiled_step(config: ConfigDict, plan: Plan, mesh, state):
         plan.modules,
         plan.objective,
         plan.optimizer,
-        teacher_temp=plan.schedules["teacher_temp"],
-        ema_momentum=plan.schedules["ema_momentum"],
+        schedules=plan.schedules,
         seed=config.seed,
         accum_steps=config.accum_steps,
         whole=lambda params: jax.lax.with_sharding_constraint(params, replicated(mesh)),
