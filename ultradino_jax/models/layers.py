@@ -11,13 +11,26 @@ NORM_EPS, NORM_MOMENTUM = 1e-5, 0.1
 NORMS = ("none", "batch")
 
 
-class BatchNorm(nn.Module):
-    """Batch norm over all but the last axis, with torch's bookkeeping.
+def batch_norm(x, mean, var, *, train: bool, eps: float, momentum=NORM_MOMENTUM):
+    """Batch norm of [..,C] over all but the last axis, with torch's bookkeeping.
 
-    A batch is normalised by its biased variance; the running variance takes the
-    unbiased one (Flax's own takes the biased). On a global array the statistics are
-    those of the whole batch, as SyncBatchNorm's. use_scale: whether there is a gain.
+    mean, var [C]: the running statistics. Returns (normalised, mean, var), these two
+    changed when training. A batch is normalised by its biased variance; the running
+    variance takes the unbiased one (Flax's own takes the biased). On a global array the
+    statistics are those of the whole batch, as SyncBatchNorm's.
     """
+    used_mean, used_var = mean, var
+    if train:
+        axes = tuple(range(x.ndim - 1))
+        used_mean, used_var = x.mean(axes), x.var(axes)
+        n, keep = x.size // x.shape[-1], 1 - momentum
+        mean = keep * mean + momentum * used_mean
+        var = keep * var + momentum * (used_var * n / max(n - 1, 1))
+    return (x - used_mean) * jax.lax.rsqrt(used_var + eps), mean, var
+
+
+class BatchNorm(nn.Module):
+    """`batch_norm` with a bias; use_scale: whether there is a gain."""
 
     use_scale: bool = True
 
@@ -31,16 +44,11 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (d,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (d,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (d,))
-        mean, var = running_mean.value, running_var.value
-        if train:
-            axes = tuple(range(x.ndim - 1))
-            mean, var = x.mean(axes), x.var(axes)
-            n, keep = x.size // d, 1 - NORM_MOMENTUM
-            if not self.is_initializing():
-                unbiased = var * n / max(n - 1, 1)
-                running_mean.value = keep * running_mean.value + NORM_MOMENTUM * mean
-                running_var.value = keep * running_var.value + NORM_MOMENTUM * unbiased
-        return (x - mean) * jax.lax.rsqrt(var + NORM_EPS) * scale + bias
+        before = running_mean.value, running_var.value
+        x, mean, var = batch_norm(x, *before, train=train, eps=NORM_EPS)
+        if train and not self.is_initializing():
+            running_mean.value, running_var.value = mean, var
+        return x * scale + bias
 
 
 class Upsample(nn.Module):
