@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import cv2
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
+from tests.sizes import below, vit_of
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.models.upernet import (
     POOL_SCALES,
@@ -25,8 +27,10 @@ from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights.meta import nest, vit_params
 
-VIT = ViT(48, 4, 3, patch_size=16, image_size=64, num_registers=0, layerscale=1.0)
-MODEL = UperNet(VIT, num_classes=4, taps=(0, 1, 2, 3), channels=16)
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "seg_neck_head.npz")
+VIT = vit_of(below(GOLDEN, "param/backbone."), num_heads=3, layerscale=1.0)
+CLASSES, CHANNELS = GOLDEN["param/decode_head.conv_seg.weight"].shape[:2]
+MODEL = UperNet(VIT, CLASSES, taps=default_taps(VIT.depth), channels=CHANNELS)
 
 
 def last(x):
@@ -109,7 +113,7 @@ def test_neck_and_head_stages_equal_reference(reference):
 
     @functools.partial(jax.jit, static_argnames="method")
     def head(x, method="__call__"):
-        return UPerHead(4, 16).apply(params, x, False, method=method)
+        return UPerHead(CLASSES, CHANNELS).apply(params, x, False, method=method)
 
     close(head(levels), last(g["eval/logits"]))
     close(head(levels, "features"), last(g["eval/fused"]))
@@ -158,17 +162,17 @@ def test_training_loss_gradients_and_statistics_equal_reference(reference):
         if name != "neck/up1a":  # a bias before a batch norm has gradient 0
             close(ours[f"{name}/bias"], g[f"train/grad/{theirs}.bias"], 1e-4)
         compared += 1
-    assert compared == 17
+    assert compared == len(names_of_decoder())
     np.testing.assert_allclose(ours["neck/up1a/bias"], 0, atol=1e-6)
-    # 8 stacked block parameters in full, by their reference names.
-    for block in range(4):
+    # One stacked parameter in full, by its reference names.
+    for block in range(VIT.depth):
         key = f"train/grad/backbone.blocks.{block}.norm2.bias"
         close(ours["backbone/blocks/norm2/bias"][block], g[key], 1e-4)
 
 
 def test_dropout_is_by_channel(reference):
     g, variables = reference
-    head = UPerHead(4, 16, dropout=0.5)
+    head = UPerHead(CLASSES, CHANNELS, dropout=0.5)
     params = {"params": variables["params"]["head"]}
     levels = [last(g[f"eval/neck{i}"]) for i in range(1, 5)]
     fused = last(g["eval/fused"])
