@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.sizes import below
+
 CACHE = Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -49,12 +51,6 @@ def golden():
             return dict(arrays)
 
     return load
-
-
-def below(arrays, prefix):
-    """Entries whose key starts with the prefix, with the prefix cut off."""
-    n = len(prefix)
-    return {k[n:]: v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,12 @@ def as_tree(names, values):
     }
 
 
-@pytest.mark.parametrize("size", ["small", "base"])
-def test_parameter_tables_equal_reference(golden, size):
-    g = golden(f"param_groups_vit_{size}")
+GOLDEN = sorted(Path(__file__).parent.glob("golden/param_groups_*.npz"))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in GOLDEN])
+def test_parameter_tables_equal_reference(golden, name):
+    g = golden(name)
     shapes = [tuple(json.loads(s)) for s in g["shapes"]]
 
     def expected(values):

@@ -47,7 +47,9 @@ class Page(HTMLParser):
 def run(tmp_path):
     workdir = tmp_path / "a <run>"
     shutil.copytree(HEALTHY, workdir)
-    (workdir / "config.json").write_text('{"data": {"root": ""}, "seed": 0}')
+    (workdir / "config.json").write_text(
+        '{"data": {"root": ""}, "loss": {"koleo_weight": 0.1}, "seed": 0}'
+    )
     (workdir / "run.json").write_text('{"images": 1920, "total_steps": 160}')
     (workdir / "versions.json").write_text('{"jax": "0.10.2"}')
     (workdir / "alarms.jsonl").write_text(

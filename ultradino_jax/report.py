@@ -9,26 +9,17 @@ import base64
 import time
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from ultradino_jax.cli import command
 from ultradino_jax.health.curves import chart
 from ultradino_jax.jsonl import read_rows
+from ultradino_jax.pretraining.terms import terms_in
 from ultradino_jax.run.writer import format_duration
 from ultradino_jax.whole import read_json, write_whole
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.
 CHARTS = (
-    (
-        "Loss terms, as optimised",
-        "metrics",
-        {
-            "local": "dino_local",
-            "global": "dino_global",
-            "iBOT": "ibot",
-            "KoLeo": "koleo",
-        },
-        {},
-    ),
     ("Total loss", "metrics", {"total": "total"}, {}),
     (
         "Entropy, nats",
@@ -109,10 +100,18 @@ def table(values: dict) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def curves(rows: dict[str, list[dict]]) -> str:
-    """All charts for which there are numbers."""
+def curves(rows: dict[str, list[dict]], weights) -> str:
+    """All charts for which there are numbers; weights: names of the loss weights."""
     cards = []
-    for title, source, wanted, options in CHARTS:
+    keys = dict.fromkeys(key for row in rows["metrics"] for key in row)
+    terms = {name: name for name in terms_in(keys, weights)}
+    first: tuple[str, str, Any, dict] = (
+        "Loss terms, as optimised",
+        "metrics",
+        terms,
+        {},
+    )
+    for title, source, wanted, options in (first, *CHARTS):
         have, names = rows[source], wanted
         if isinstance(wanted, str):  # all keys that begin with it
             keys = dict.fromkeys(k for row in have for k in row if k.startswith(wanted))
@@ -233,7 +232,7 @@ def report(workdir: str | Path) -> str:
         data["root"] = "(the built-in phantom)"
     sections = {
         "Alarms": alarms(read_rows(workdir / "alarms.jsonl")),
-        "Curves": curves(rows),
+        "Curves": curves(rows, config.get("loss", {})),
         "Panels": pictures(workdir),
         "Data": f'<div class="card">{table(data)}</div>',
         "Environment": f'<div class="card">{table(versions)}</div>',

@@ -35,11 +35,9 @@ EVERY = flags.DEFINE_integer("every", 3906, "steps between two looks")
 TOTAL = flags.DEFINE_integer("total", 40 * 3906, "steps of the run")
 
 
-def unwatched(terms, *args):
+def unwatched(*args):
     """`watch` without its numbers."""
     del args
-    for name in ("teacher_mean", "log_distance", "student_entropy", "teacher_entropy"):
-        terms.pop(name, None)
     return {}
 
 
@@ -50,8 +48,7 @@ def compiled(plan, state, batch, how):
             plan.modules,
             plan.objective,
             plan.optimizer,
-            teacher_temp=plan.schedules["teacher_temp"],
-            ema_momentum=plan.schedules["ema_momentum"],
+            schedules=plan.schedules,
         )
         return jax.jit(step).lower(state, batch).compile()
 

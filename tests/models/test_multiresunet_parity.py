@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.models.multiresunet import MultiResUNet
+from ultradino_jax.models.layers import batch_norm
+from ultradino_jax.models.multiresunet import MultiResUNet, block_widths
 from ultradino_jax.tree import map_with_name
 
 torch = pytest.importorskip("torch")
@@ -117,3 +118,21 @@ def test_forward_and_running_statistics_equal_torchs():
         stats = theirs.at(new["batch_stats"], path)
         np.testing.assert_allclose(stats["mean"], mean, atol=1e-8, err_msg=path)
         np.testing.assert_allclose(stats["var"], var, rtol=1e-8, err_msg=path)
+
+
+def test_multires_widths_follow_the_rule():
+    """W = alpha U in shares of a sixth, a third and a half; figures of the paper."""
+    assert [block_widths(32 * 2**k) for k in range(5)] == [
+        (8, 17, 26), (17, 35, 53), (35, 71, 106), (71, 142, 213), (142, 284, 427),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_keeps_torchs_books(train):
+    rng = np.random.default_rng(0)
+    x, mean, var = (rng.random(s).astype(np.float32) for s in ((6, 3), (3,), (3,)))
+    books = t(mean), t(var)
+    wanted = F.batch_norm(t(x), *books, training=train, momentum=0.1, eps=1e-6)
+    ours = batch_norm(x, mean, var, train=train, eps=1e-6)
+    for a, b in zip(ours, (wanted, *books), strict=True):
+        np.testing.assert_allclose(a, b.numpy(), rtol=1e-5, atol=1e-6)

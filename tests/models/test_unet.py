@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.models.multiresunet import MultiResUNet, block_widths
+from tests.sizes import depth_of
+from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet, pad_to_multiple
 from ultradino_jax.models.unetr import UNETR, default_states
 from ultradino_jax.tree import flat_names, map_with_name
@@ -178,13 +179,6 @@ def keras_multiresunet(channels):
     return total + conv(d, 1, 1)
 
 
-def test_multires_widths_follow_the_rule():
-    """W = alpha U in shares of a sixth, a third and a half; figures of the paper."""
-    assert [block_widths(32 * 2**k) for k in range(5)] == [
-        (8, 17, 26), (17, 35, 53), (35, 71, 106), (71, 142, 213), (142, 284, 427),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -309,7 +303,8 @@ def test_forward_equals_monais(golden, sub, recipe, name):
     if name == "unet":
         flat, rest = placed(state, unet_names())
         assert not rest
-        model = UNet(**recipe.UNET)
+        width = len(state["conv_0.conv_0.conv.weight"])
+        model = UNet(len(state["final_conv.weight"]), width=width)
     else:
         flat, rest = placed(state, unetr_names())
         embedding = "vit.patch_embedding."
@@ -321,10 +316,21 @@ def test_forward_equals_monais(golden, sub, recipe, name):
         flat["patch_embed/kernel"] = rearrange(kernel, "d c p q -> (p q c) d")
         flat["patch_embed/bias"] = state[f"{embedding}patch_embeddings.bias"]
         flat["pos_embed"] = rearrange(
-            state[f"{embedding}position_embeddings"], "1 (h w) d -> 1 h w d", h=4
+            state[f"{embedding}position_embeddings"],
+            "1 (h w) d -> 1 h w d",
+            h=recipe.SIDE // kernel.shape[-1],
         )
-        flat |= unetr_blocks(state, 12)
-        model = UNETR(image_size=recipe.SIDE, taps=(4, 7, 10), **recipe.UNETR)
+        depth = depth_of(state, "vit.blocks.")
+        flat |= unetr_blocks(state, depth)
+        model = UNETR(
+            len(state["out.conv.conv.weight"]),
+            image_size=recipe.SIDE,
+            width=len(state["encoder1.layer.conv1.conv.weight"]),
+            embed_dim=len(kernel),
+            num_heads=recipe.UNETR["num_heads"],
+            depth=depth,
+            taps=tuple(depth // 4 * i + 1 for i in (1, 2, 3)),
+        )
     variables = {"params": nest(flat)}
     images = jnp.asarray(recipe.images().transpose(0, 2, 3, 1))
     expected = shapes_of(model, height=recipe.SIDE, width=recipe.SIDE)["params"]

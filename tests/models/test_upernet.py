@@ -1,8 +1,8 @@
 """UperNet against the reference's own modules (arrays made by mmsegmentation)."""
 
 import functools
-import json
 import math
+from pathlib import Path
 
 import cv2
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
+from tests.sizes import below, vit_of
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
 from ultradino_jax.models.upernet import (
     POOL_SCALES,
@@ -25,6 +26,11 @@ from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights.meta import nest, vit_params
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "seg_neck_head.npz")
+VIT = vit_of(below(GOLDEN, "param/backbone."), num_heads=3, layerscale=1.0)
+CLASSES, CHANNELS = GOLDEN["param/decode_head.conv_seg.weight"].shape[:2]
+MODEL = UperNet(VIT, CLASSES, taps=default_taps(VIT.depth), channels=CHANNELS)
 
 
 def last(x):
@@ -78,25 +84,8 @@ def variables_of(state):
 
 @pytest.fixture(scope="module")
 def reference(golden, sub):
-    """(arrays, our variables, the model that the file is of)."""
     g = golden("seg_neck_head")
-    m = json.loads(str(g["meta"]))
-    vit = ViT(
-        m["embed"],
-        m["depth"],
-        m["heads"],
-        patch_size=m["patch"],
-        image_size=m["image"],
-        num_registers=0,
-        layerscale=1.0,
-    )
-    model = UperNet(
-        vit,
-        num_classes=m["classes"],
-        taps=tuple(m["taps"]),
-        channels=m["head_channels"],
-    )
-    return g, variables_of(sub(g, "param/")), model
+    return g, variables_of(sub(g, "param/"))
 
 
 def close(ours, theirs, tolerance=2e-5):
@@ -104,17 +93,17 @@ def close(ours, theirs, tolerance=2e-5):
 
 
 def test_forward_equals_reference(reference):
-    g, variables, model = reference
-    logits = jax.jit(model.apply)(variables, last(g["in/image"]))
+    g, variables = reference
+    logits = jax.jit(MODEL.apply)(variables, last(g["in/image"]))
     close(logits, last(g["eval/logits_full"]))
     assert (np.argmax(logits, -1) == g["eval/pred"]).mean() > 0.999
-    expected = jax.eval_shape(model.init, jax.random.key(0), last(g["in/image"]))
+    expected = jax.eval_shape(MODEL.init, jax.random.key(0), last(g["in/image"]))
     shapes = {k: v.shape for k, v in flat_names(expected).items()}
     assert shapes == {k: v.shape for k, v in flat_names(variables).items()}
 
 
 def test_neck_and_head_stages_equal_reference(reference):
-    g, variables, model = reference
+    g, variables = reference
     neck = {k: v["neck"] for k, v in variables.items()}
     taps = [last(g[f"eval/tap{i}"]) for i in range(1, 5)]
     levels = jax.jit(lambda x: Neck().apply(neck, x, False))(taps)
@@ -124,9 +113,7 @@ def test_neck_and_head_stages_equal_reference(reference):
 
     @functools.partial(jax.jit, static_argnames="method")
     def head(x, method="__call__"):
-        return UPerHead(model.num_classes, model.channels).apply(
-            params, x, False, method=method
-        )
+        return UPerHead(CLASSES, CHANNELS).apply(params, x, False, method=method)
 
     close(head(levels), last(g["eval/logits"]))
     close(head(levels, "features"), last(g["eval/fused"]))
@@ -136,8 +123,8 @@ def test_neck_and_head_stages_equal_reference(reference):
 
 
 def test_training_loss_gradients_and_statistics_equal_reference(reference):
-    g, variables, model = reference
-    model = model.clone(dropout=0.0)
+    g, variables = reference
+    model = MODEL.clone(dropout=0.0)
     labels = jnp.asarray(g["in/label"])
 
     @jax.jit
@@ -161,6 +148,7 @@ def test_training_loss_gradients_and_statistics_equal_reference(reference):
     params, images = grads
     close(images, last(g["train/grad_image"]), 1e-4)
     ours = flat_names(params)
+    compared = 0
     for name, (theirs, kind) in names_of_decoder().items():
         leaf = "scale" if kind == "norm" else "kernel"
         key = f"train/grad/{theirs}.weight"
@@ -173,16 +161,18 @@ def test_training_loss_gradients_and_statistics_equal_reference(reference):
             np.testing.assert_allclose(np.abs(x).max(), largest, rtol=1e-4)
         if name != "neck/up1a":  # a bias before a batch norm has gradient 0
             close(ours[f"{name}/bias"], g[f"train/grad/{theirs}.bias"], 1e-4)
+        compared += 1
+    assert compared == len(names_of_decoder())
     np.testing.assert_allclose(ours["neck/up1a/bias"], 0, atol=1e-6)
-    # Stacked block parameters in full, by their reference names.
-    for block in range(model.backbone.depth):
+    # One stacked parameter in full, by its reference names.
+    for block in range(VIT.depth):
         key = f"train/grad/backbone.blocks.{block}.norm2.bias"
         close(ours["backbone/blocks/norm2/bias"][block], g[key], 1e-4)
 
 
 def test_dropout_is_by_channel(reference):
-    g, variables, model = reference
-    head = UPerHead(model.num_classes, model.channels, dropout=0.5)
+    g, variables = reference
+    head = UPerHead(CLASSES, CHANNELS, dropout=0.5)
     params = {"params": variables["params"]["head"]}
     levels = [last(g[f"eval/neck{i}"]) for i in range(1, 5)]
     fused = last(g["eval/fused"])

@@ -1,3 +1,7 @@
+import functools
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +10,7 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sizes import below, dino_head_of, vit_of
 from ultradino_jax.models.block import pack, subset_residual, unpack
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
@@ -13,7 +18,21 @@ from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights.meta import dino_head_params, vit_params
 
-SMALL = ViT(64, 3, 2, patch_size=16, image_size=64, num_registers=4)
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "vit.npz")
+SMALL = vit_of(below(GOLDEN, "param/"), num_heads=2)
+SIDE, PATCH = SMALL.image_size, SMALL.patch_size
+PREFIX = 1 + SMALL.num_registers
+run = jax.jit(SMALL.apply, static_argnames=("layers", "norm_layers", "groups"))
+
+
+def at_side(side=SIDE):
+    """The file's images of that many pixels."""
+    return channels_last(GOLDEN[f"x{side}"])
+
+
+SIDES = {int(k[1:]) for k in GOLDEN.files if re.fullmatch(r"x\d+", k)}
+(OTHER,) = SIDES - {SIDE}
+FORWARD = [k.removesuffix("/x_prenorm") for k in GOLDEN.files if "x_prenorm" in k]
 
 
 def channels_last(x):
@@ -26,12 +45,12 @@ def vit(golden, sub):
     return arrays, {"params": vit_params(sub(arrays, "param/"))}
 
 
-@pytest.mark.parametrize("name", ["img64_nomask", "img64_mask", "img48"])
+@pytest.mark.parametrize("name", FORWARD)
 def test_forward_equals_reference(vit, name):
     g, variables = vit
-    images = channels_last(g["x64" if "64" in name else "x48"])
-    masks = jnp.asarray(g["mask64"]) if name == "img64_mask" else None
-    out = jax.jit(SMALL.apply)(variables, images, masks)
+    side = int(re.search(r"\d+", name)[0])
+    masks = jnp.asarray(g[f"mask{side}"]) if name.endswith("_mask") else None
+    out = run(variables, at_side(side), masks)
     for ours, theirs in [
         (out.cls_token, "x_norm_clstoken"),
         (out.register_tokens, "x_norm_regtokens"),
@@ -43,46 +62,46 @@ def test_forward_equals_reference(vit, name):
 
 def test_intermediate_layers_equal_reference(vit):
     g, variables = vit
-    out = SMALL.apply(variables, channels_last(g["x64"]), layers=(-2, -1))
-    for i in range(2):
-        tokens = out.layers[i]
-        np.testing.assert_allclose(
-            tokens[:, 0], g[f"intermediate_n2/{i}_cls"], atol=2e-5
-        )
-        np.testing.assert_allclose(
-            tokens[:, 5:], g[f"intermediate_n2/{i}_patch"], atol=2e-5
-        )
-    out = SMALL.apply(
-        variables, channels_last(g["x48"]), layers=(0, 2), norm_layers=False
-    )
-    for i in range(2):
-        maps = rearrange(out.layers[i][:, 5:], "b (h w) d -> b d h w", h=3)
-        theirs = g[f"intermediate_0_2_img48_reshape_nonorm/{i}"]
-        np.testing.assert_allclose(maps, theirs, rtol=1e-5, atol=2e-5)
+    last = len([k for k in g if re.fullmatch(r"intermediate_n\d+/\d+_cls", k)])
+    out = run(variables, at_side(), layers=tuple(range(-last, 0)))
+    for i, tokens in enumerate(out.layers):
+        theirs = f"intermediate_n{last}/{i}"
+        np.testing.assert_allclose(tokens[:, 0], g[f"{theirs}_cls"], atol=2e-5)
+        np.testing.assert_allclose(tokens[:, PREFIX:], g[f"{theirs}_patch"], atol=2e-5)
+    key = next(k for k in g if k.endswith("_reshape_nonorm/0"))[: -len("/0")]
+    *layers, side = map(int, re.findall(r"\d+", key))
+    out = run(variables, at_side(side), layers=tuple(layers), norm_layers=False)
+    for i, tokens in enumerate(out.layers):
+        maps = rearrange(tokens[:, PREFIX:], "b (h w) d -> b d h w", h=side // PATCH)
+        np.testing.assert_allclose(maps, g[f"{key}/{i}"], rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("offset", [0.1, 0.0])
-@pytest.mark.parametrize("antialias", [False, True])
-def test_position_interpolation_equals_reference(golden, vit, offset, antialias):
-    tag = f"off{offset}_aa{int(antialias)}"
-    options = {"offset": offset, "antialias": antialias}
-    g = golden("pos_embed_14")
-    for side in (96, 224, 256, 384, 512):
+@pytest.mark.parametrize("name", ["pos_embed_14", "vit"])
+def test_position_interpolation_equals_reference(golden, name):
+    g = golden(name)
+    start = g["pos_embed" if "pos_embed" in g else "param/pos_embed"]
+    compared = 0
+    for key, expected in g.items():
+        found = re.fullmatch(
+            r"(?:pos_embed/)?img(\d+)(?:x(\d+))?_off([\d.]+)_aa(\d)", key
+        )
+        if found is None:
+            continue
+        height, width, offset, antialias = found.groups()
         ours = interpolate_pos_embed(
-            jnp.asarray(g["pos_embed"]), (side // 16, side // 16), **options
+            jnp.asarray(start),
+            (int(height) // PATCH, int(width or height) // PATCH),
+            offset=float(offset),
+            antialias=antialias == "1",
         )
-        np.testing.assert_allclose(ours, g[f"img{side}_{tag}"], atol=1e-4)
-    g, variables = vit
-    for name, grid in [("img48", (3, 3)), ("img32", (2, 2)), ("img80x96", (5, 6))]:
-        pos = variables["params"]["pos_embed"]
-        ours = interpolate_pos_embed(jnp.asarray(pos), grid, **options)
-        if f"pos_embed/{name}_{tag}" in g:
-            np.testing.assert_allclose(ours, g[f"pos_embed/{name}_{tag}"], atol=1e-4)
+        np.testing.assert_allclose(ours, expected, atol=1e-4, err_msg=key)
+        compared += 1
+    assert compared >= 4
 
 
 def test_head_and_its_gradients_equal_reference(golden, sub):
     g = golden("dino_head")
-    head = DINOHead(hidden_dim=64, bottleneck_dim=24, num_prototypes=80)
+    head = dino_head_of(sub(g, "param/"))
     params = dino_head_params(sub(g, "param/"))
 
     def apply(params, x):
@@ -137,29 +156,31 @@ def test_drop_path_runs_an_exact_subset_of_each_group():
 
 
 def test_training_pass_differs_and_plain_pass_ignores_drop_path(vit):
-    g, variables = vit
-    dropped = ViT(64, 3, 2, image_size=64, drop_path=0.5)
-    images = jnp.concatenate([channels_last(g["x64"])] * 2)
-    plain = dropped.apply(variables, images).cls_token
-    np.testing.assert_array_equal(plain, SMALL.apply(variables, images).cls_token)
+    _, variables = vit
+    dropped = SMALL.clone(drop_path=0.5)
+    images = jnp.concatenate([at_side()] * 2)
+    plain = jax.jit(dropped.apply)(variables, images).cls_token
+    np.testing.assert_array_equal(plain, run(variables, images).cls_token)
     rngs = {"drop_path": jax.random.key(0)}
-    train = dropped.apply(variables, images, groups=2, train=True, rngs=rngs)
+    train = jax.jit(functools.partial(dropped.apply, groups=2, train=True, rngs=rngs))
+    train = train(variables, images)
     assert not np.allclose(plain, train.cls_token)
 
 
 def test_rates_per_block_zero_whole_branches_of_rows():
     model = ViT(16, 2, 2, patch_size=8, image_size=16, num_registers=0, layerscale=1.0)
     images = jax.random.normal(jax.random.key(0), (400, 16, 16, 1))
-    variables = model.init(jax.random.key(1), images)
-    options = {"layers": (0, 1), "norm_layers": False}
-    plain = model.apply(variables, images, **options).layers
-    dropped = model.clone(drop_path=(0.0, 0.5))
-    same = dropped.apply(variables, images, **options).layers
-    np.testing.assert_array_equal(same, plain)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
     rngs = {"drop_path": jax.random.key(2)}
-    first, second = dropped.apply(
-        variables, images, train=True, rngs=rngs, **options
-    ).layers
+
+    def layers(model, **options):
+        options |= {"layers": (0, 1), "norm_layers": False}
+        apply = jax.jit(functools.partial(model.apply, **options))
+        return apply(variables, images).layers
+
+    plain, dropped = layers(model), model.clone(drop_path=(0.0, 0.5))
+    np.testing.assert_array_equal(layers(dropped), plain)
+    first, second = layers(dropped, train=True, rngs=rngs)
     np.testing.assert_allclose(first, plain[0], atol=1e-6)
     # Both branches of a row are dropped in a quarter of the rows.
     untouched = np.asarray(first == second).all(axis=(1, 2)).mean()
@@ -170,49 +191,56 @@ def test_rates_per_block_zero_whole_branches_of_rows():
         )
 
 
-@pytest.mark.parametrize(
-    "options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 3}]
-)
-def test_rematerialisation_and_unrolling_change_no_gradient(vit, options):
-    g, variables = vit
-    images = channels_last(g["x48"])
+def test_rematerialisation_and_unrolling_change_no_gradient(vit):
+    _, variables = vit
+    images = at_side(OTHER)
 
-    def loss(params, model):
-        return jnp.square(model.apply({"params": params}, images).cls_token).sum()
+    def gradient(**options):
+        model = SMALL.clone(**options)
 
-    plain = jax.grad(loss)(variables["params"], SMALL)
-    other = jax.grad(loss)(variables["params"], ViT(64, 3, 2, image_size=64, **options))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        plain,
-        other,
-    )
+        def loss(params):
+            return jnp.square(model.apply({"params": params}, images).cls_token).sum()
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    plain = gradient()
+    for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": SMALL.depth}):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            plain,
+            gradient(**options),
+        )
 
 
 def test_bfloat16_stays_close_and_keeps_float32_parameters(vit):
     g, variables = vit
-    half = ViT(64, 3, 2, image_size=64, dtype=jnp.bfloat16)
-    images = channels_last(g["x64"])
+    half = SMALL.clone(dtype=jnp.bfloat16)
+    images = at_side()
     shapes = jax.eval_shape(half.init, jax.random.key(0), images)
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    out = half.apply(variables, images).cls_token
+    out = jax.jit(half.apply)(variables, images).cls_token
     assert out.dtype == jnp.float32
-    error = np.abs(out - g["img64_nomask/x_norm_clstoken"]).max()
+    error = np.abs(out - g[f"img{SIDE}_nomask/x_norm_clstoken"]).max()
     assert 1e-5 < error < 0.1
 
 
 def test_attention_maps_are_distributions(vit):
-    g, variables = vit
-    images = channels_last(g["x64"])
-    _, sown = SMALL.apply(variables, images, mutable=["intermediates"])
+    _, variables = vit
+    images = at_side()
+    apply = jax.jit(functools.partial(SMALL.apply, mutable=["intermediates"]))
+    out, sown = apply(variables, images)
     (maps,) = sown["intermediates"]["blocks"]["attn"]["attention"]
-    assert maps.shape == (3, 2, 2, 21, 21)
+    tokens = out.prenorm.shape[1]
+    shape = (SMALL.depth, len(images), SMALL.num_heads, tokens, tokens)
+    assert maps.shape == shape
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="50x64 pixels .* patch size 16"):
-        SMALL.init(jax.random.key(0), jnp.zeros((1, 50, 64, 1)))
+    wrong = SIDE - PATCH + 2
+    message = f"{wrong}x{SIDE} pixels .* patch size {PATCH}"
+    with pytest.raises(ValueError, match=message):
+        SMALL.init(jax.random.key(0), jnp.zeros((1, wrong, SIDE, 1)))
     with pytest.raises(ValueError, match="'huge'.*tiny, small, base, large"):
         build_vit("huge")
     with pytest.raises(ValueError, match="not a square grid"):
@@ -225,9 +253,9 @@ def test_images_of_two_sizes_go_through_the_blocks_together(vit):
     """The same outputs as one after the other, and the same gradients summed."""
     _, variables = vit
     rng = np.random.default_rng(0)
-    large = rng.normal(size=(4, 64, 64, 1)).astype(np.float32)
-    small = rng.normal(size=(6, 32, 32, 1)).astype(np.float32)
-    masks = rng.random((4, 16)) < 0.5
+    large = rng.normal(size=(4, SIDE, SIDE, 1)).astype(np.float32)
+    small = rng.normal(size=(6, SIDE // 2, SIDE // 2, 1)).astype(np.float32)
+    masks = rng.random((4, (SIDE // PATCH) ** 2)) < 0.5
 
     def together(variables):
         return SMALL.apply(variables, (large, small), (masks, None), groups=2)
@@ -236,14 +264,21 @@ def test_images_of_two_sizes_go_through_the_blocks_together(vit):
         return SMALL.apply(variables, large, masks), SMALL.apply(variables, small)
 
     def total(variables, forward):
-        return sum((out.prenorm**2).sum() for out in forward(variables))
+        outputs = forward(variables)
+        return sum((out.prenorm**2).sum() for out in outputs), outputs
 
-    for ours, theirs in zip(together(variables), apart(variables), strict=True):
+    grads, outputs = zip(
+        *(
+            jax.jit(jax.grad(total, has_aux=True), static_argnums=1)(variables, f)
+            for f in (together, apart)
+        ),
+        strict=True,
+    )
+    for ours, theirs in zip(*outputs, strict=True):
         for name in ("cls_token", "register_tokens", "patch_tokens"):
             np.testing.assert_allclose(
                 getattr(ours, name), getattr(theirs, name), atol=1e-5
             )
-    grads = [jax.grad(total)(variables, f) for f in (together, apart)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), *grads
     )

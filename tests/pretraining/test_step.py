@@ -1,20 +1,27 @@
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
 
-from ultradino_jax.models.dino_head import DINOHead
-from ultradino_jax.models.vit import ViT
+from tests.sizes import below, dino_head_of, vit_of
 from ultradino_jax.optimizer import make_optimizer
-from ultradino_jax.pretraining.objective import Modules, Objective
+from ultradino_jax.pretraining.networks import Modules
+from ultradino_jax.pretraining.objective import Objective
 from ultradino_jax.pretraining.step import init_state, make_train_step
+from ultradino_jax.pretraining.terms import terms_in
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights.meta import dino_head_params, vit_params
 
-BACKBONE = ViT(32, 2, 2, patch_size=8, image_size=48)
-HEAD = DINOHead(hidden_dim=64, bottleneck_dim=16, num_prototypes=128)
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "train_step.npz")
+BACKBONE = vit_of(below(GOLDEN, "init/backbone."), num_heads=2)
+HEAD = dino_head_of(below(GOLDEN, "init/dino_head."))
 MODULES = Modules(BACKBONE, HEAD)
+SIDE = BACKBONE.image_size
+GRID = (SIDE // BACKBONE.patch_size) ** 2
 
 
 def reference_tree(sub, arrays, prefix):
@@ -26,30 +33,36 @@ def reference_tree(sub, arrays, prefix):
 
 
 def table(values):
-    """Schedule reading the reference's two steps."""
+    """Schedule reading the reference's steps."""
     return lambda step: jnp.asarray(values, jnp.float32)[step]
 
 
 def hyper(g, name):
-    return table([g[f"hyper/step{i}/{name}"] for i in range(2)])
+    return table([g[f"hyper/step{i}/{name}"] for i in range(num_steps(g))])
+
+
+def num_steps(g):
+    return len([k for k in g if k.startswith("hyper/step") and k.endswith("/lr")])
 
 
 def reference_batch(g, *, flipped):
     """The reference's batch as one group; its crops are normalised already."""
 
-    def crops(name, views):
+    b = len(g["batch/collated_global_crops"]) // 2
+
+    def crops(name):
         x = g[f"batch/collated_{name}_crops"]
         x = x[::-1] if flipped else x
-        return rearrange(x * 255, "(v b) c h w -> 1 v b h w c", v=views)
+        return rearrange(x * 255, "(v b) c h w -> 1 v b h w c", b=b)
 
     n, m = int(g["batch/n_masked_patches"][0]), int(g["batch/upperbound"])
     indices, weights = np.zeros((1, m), np.int32), np.zeros((1, m), np.float32)
     indices[0, :n] = g["batch/mask_indices_list"]
     weights[0, :n] = g["batch/masks_weight"]
     return {
-        "global_crops": crops("global", 2),
-        "local_crops": crops("local", 4),
-        "masks": rearrange(g["batch/collated_masks"], "(v b) n -> 1 v b n", v=2),
+        "global_crops": crops("global"),
+        "local_crops": crops("local"),
+        "masks": rearrange(g["batch/collated_masks"], "(v b) n -> 1 v b n", b=b),
         "mask_indices": indices,
         "mask_weights": weights,
     }
@@ -66,8 +79,7 @@ def reference_setup(g, sub, centering, **options):
         MODULES,
         objective,
         optimizer,
-        teacher_temp=hyper(g, "temp"),
-        ema_momentum=hyper(g, "mom"),
+        schedules={"teacher_temp": hyper(g, "temp"), "ema_momentum": hyper(g, "mom")},
     )
     student = jax.tree.map(jnp.asarray, reference_tree(sub, g, "init/"))
     state = init_state(MODULES, optimizer, jax.random.key(0), 1)
@@ -90,15 +102,25 @@ def assert_same_parameters(ours, theirs):
         np.testing.assert_allclose(value, expected, atol=1e-5, err_msg=name)
 
 
+def assert_same_gradient(state, metrics, theirs):
+    """Adam's first moment after one step is 0.1 x the clipped gradient."""
+    theirs = flat_names(theirs)
+    for name, moment in gradient_of(state).items():
+        norm = float(metrics[f"grad_norm/{name.split('/')[0]}"])
+        gradient = moment / np.float32(0.1) / min(1.0, 3.0 / (norm + 1e-6))
+        np.testing.assert_allclose(gradient, theirs[name], atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-def test_two_training_steps_equal_the_reference(golden, sub, centering):
+def test_training_steps_equal_the_reference(golden, sub, centering):
     g = golden("train_step")
     tag = centering.split("_")[0]
-    # One image and a few masked patches at a time; the gradient test takes all at once.
-    step, state = reference_setup(g, sub, centering, chunk_rows=8)
-    for i in range(2):
+    # One image and a few masked patches at a time, or all at once.
+    options = {"chunk_rows": 8} if tag == "centering" else {}
+    step, state = reference_setup(g, sub, centering, **options)
+    for i in range(num_steps(g)):
         before = state
-        state, metrics = step(state, reference_batch(g, flipped=bool(i)))
+        state, metrics = step(state, reference_batch(g, flipped=bool(i % 2)))
         loss = sub(g, f"{tag}/step{i}/loss/")
         for ours, theirs in {
             "dino_local": loss["dino_local_crops_loss"],
@@ -114,6 +136,10 @@ def test_two_training_steps_equal_the_reference(golden, sub, centering):
             for name in ("dino", "ibot"):  # theirs is the center the step used
                 theirs = g[f"{tag}/step{i}/{name}_center"].ravel()
                 np.testing.assert_allclose(before.centers[name], theirs, atol=1e-5)
+        if i == 0 and f"{tag}/step0/grad_unclipped/backbone.cls_token" in g:
+            assert_same_gradient(
+                state, metrics, reference_tree(sub, g, f"{tag}/step0/grad_unclipped/")
+            )
         if f"{tag}/step{i}/student/backbone.cls_token" in g:
             theirs = reference_tree(sub, g, f"{tag}/step{i}/student/")
             assert_same_parameters(state.student, theirs)
@@ -122,20 +148,7 @@ def test_two_training_steps_equal_the_reference(golden, sub, centering):
             assert_same_parameters(state.teacher, theirs)
 
 
-def test_gradients_equal_the_reference(golden, sub):
-    """Adam's first moment after one step is 0.1 x the clipped gradient."""
-    g = golden("train_step")
-    step, state = reference_setup(g, sub, "centering")
-    state, metrics = step(state, reference_batch(g, flipped=False))
-    theirs = flat_names(reference_tree(sub, g, "centering/step0/grad_unclipped/"))
-    moments = flat_names(state.opt_state[1].mu)
-    for name, moment in moments.items():
-        norm = float(metrics[f"grad_norm/{name.split('/')[0]}"])
-        gradient = moment / np.float32(0.1) / min(1.0, 3.0 / (norm + 1e-6))
-        np.testing.assert_allclose(gradient, theirs[name], atol=1e-5, err_msg=name)
-
-
-def random_batch(w=4, b=2, seed=0, grid=36, m=8):
+def random_batch(w=4, b=2, seed=0, grid=GRID, m=8):
     rng = np.random.default_rng(seed)
     masks = np.zeros((w, 2 * b, grid), bool)
     indices, weights = np.zeros((w, m), np.int32), np.zeros((w, m), np.float32)
@@ -145,27 +158,30 @@ def random_batch(w=4, b=2, seed=0, grid=36, m=8):
         indices[i, :n] = np.flatnonzero(masks[i])
         weights[i, :n] = 1 / n
     return {
-        "global_crops": rng.integers(0, 256, (w, 2, b, 48, 48, 1), np.uint8),
-        "local_crops": rng.integers(0, 256, (w, 3, b, 24, 24, 1), np.uint8),
+        "global_crops": rng.integers(0, 256, (w, 2, b, SIDE, SIDE, 1), np.uint8),
+        "local_crops": rng.integers(0, 256, (w, 3, b, *2 * (SIDE // 2,), 1), np.uint8),
         "masks": masks.reshape(w, 2, b, grid),
         "mask_indices": indices,
         "mask_weights": weights,
     }
 
 
-def small_step(modules=MODULES, accum_steps=1, **objective):
+@functools.cache  # tests share the compiled steps
+def small_step(modules=MODULES, accum_steps=1, koleo_schedule=None, **objective):
     constants = {
         "learning_rate": lambda s: 1e-3,
         "last_layer_learning_rate": lambda s: 1e-3,
         "weight_decay": lambda s: 0.04,
     }
+    schedules = {"teacher_temp": lambda s: 0.04, "ema_momentum": lambda s: 0.9}
+    if koleo_schedule:
+        schedules["koleo_weight"] = koleo_schedule
     optimizer = make_optimizer(**constants)
     step = make_train_step(
         modules,
         Objective((0.2,), (0.2,), **objective),
         optimizer,
-        teacher_temp=lambda s: 0.04,
-        ema_momentum=lambda s: 0.9,
+        schedules=schedules,
         accum_steps=accum_steps,
     )
     return jax.jit(step), init_state(modules, optimizer, jax.random.key(3), 1)
@@ -175,27 +191,62 @@ def gradient_of(state):
     return flat_names(state.opt_state[1].mu)
 
 
-@pytest.mark.parametrize("accum_steps", [2, 4])
-def test_accumulation_equals_the_large_batch(accum_steps):
+def assert_same_gradients(a, b, tolerance):
+    """Relative to the largest entry of a leaf: the sums behind its entries are as long
+    as it is large, so small entries carry the rounding of large ones."""
+    theirs = gradient_of(b)
+    for name, value in gradient_of(a).items():
+        close = tolerance * np.abs(value).max()
+        np.testing.assert_allclose(theirs[name], value, atol=close, err_msg=name)
+
+
+def test_accumulation_equals_the_large_batch(accum_steps=4):
+    """Also: a micro-batch is one group, whose crops are not packed together."""
     batch = random_batch()
     one, state = small_step()
     many, _ = small_step(accum_steps=accum_steps)
     (a, metrics_a), (b, metrics_b) = one(state, batch), many(state, batch)
     for name, value in metrics_a.items():
         np.testing.assert_allclose(metrics_b[name], value, rtol=2e-5, err_msg=name)
-    for name, value in gradient_of(a).items():
-        np.testing.assert_allclose(gradient_of(b)[name], value, atol=1e-6)
+    assert_same_gradients(a, b, 1e-5)
     for name in ("dino", "ibot"):
         np.testing.assert_allclose(a.centers[name], b.centers[name], atol=1e-6)
+    weights = Objective((0.2,), (0.2,)).weights
+    terms = terms_in(metrics_a, weights)
+    assert sorted(terms) == ["dino_global", "dino_local", "ibot", "koleo"]
+    total = sum(metrics_a[name] for name in terms)
+    np.testing.assert_allclose(total, metrics_a["total"], rtol=1e-6)
     with pytest.raises(ValueError, match="4 groups cannot be cut into 3"):
         small_step(accum_steps=3)[0](state, batch)
 
 
+def test_a_scheduled_weight_is_that_of_its_step():
+    constant, state = small_step()
+    step, _ = small_step(koleo_schedule=lambda s: 0.1 * (s + 1))
+    batch = random_batch()
+    (a, base), (b, first) = constant(state, batch), step(state, batch)
+    for name, value in base.items():
+        np.testing.assert_allclose(first[name], value, rtol=1e-5, err_msg=name)
+    assert_same_gradients(a, b, 1e-5)
+    c, second = step(state.replace(step=state.step + 1), batch)
+    np.testing.assert_allclose(second["koleo"], 2 * first["koleo"], rtol=1e-6)
+    np.testing.assert_allclose(
+        second["total"] - second["koleo"], first["total"] - first["koleo"], rtol=1e-6
+    )
+    norm = "grad_norm/backbone"
+    assert abs(second[norm] - first[norm]) > 1e-3 * first[norm]
+    head = flat_names(b.opt_state[1].mu["dino_head"])  # KoLeo is not of the head
+    for name, value in flat_names(c.opt_state[1].mu["dino_head"]).items():
+        close = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(value, head[name], atol=close)
+
+
 def test_separate_ibot_head_leaves_the_dino_loss_alone():
-    separate = Modules(BACKBONE, HEAD, HEAD.clone(num_prototypes=64))
+    fewer = HEAD.num_prototypes // 2
+    separate = Modules(BACKBONE, HEAD, HEAD.clone(num_prototypes=fewer))
     tied_step, tied = small_step()
     step, state = small_step(separate)
-    assert state.centers["ibot"].shape == (64,)
+    assert state.centers["ibot"].shape == (fewer,)
     shared = {k: tied.student[k] for k in ("backbone", "dino_head")}
     state = state.replace(
         student={**state.student, **shared}, teacher={**state.teacher, **shared}
@@ -208,17 +259,19 @@ def test_separate_ibot_head_leaves_the_dino_loss_alone():
     assert "grad_norm/ibot_head" in b
 
 
-def test_padding_of_the_mask_buffer_has_no_effect():
+@pytest.mark.parametrize("options", [{}, {"centering": "sinkhorn_knopp"}])
+def test_padding_of_the_mask_buffer_has_no_effect(options):
     batch = random_batch()
-    wide = dict(batch)
-    for name in ("mask_indices", "mask_weights"):
-        wide[name] = np.pad(batch[name], ((0, 0), (0, 5)))
-    for centering in ("centering", "sinkhorn_knopp"):
-        step, state = small_step(centering=centering)
-        (a, metrics_a), (b, metrics_b) = step(state, batch), step(state, wide)
-        np.testing.assert_allclose(metrics_a["total"], metrics_b["total"], rtol=1e-6)
-        for name, value in gradient_of(a).items():
-            np.testing.assert_allclose(gradient_of(b)[name], value, atol=1e-7)
+    other = dict(batch)
+    padding = batch["mask_weights"] == 0
+    assert padding.sum() > 1
+    other["mask_indices"] = np.where(padding, GRID // 2, batch["mask_indices"])
+    step, state = small_step(**options)
+    (a, metrics_a), (b, metrics_b) = step(state, batch), step(state, other)
+    np.testing.assert_allclose(metrics_a["total"], metrics_b["total"], rtol=1e-6)
+    assert_same_gradients(a, b, 1e-6)
+    for name, center in a.centers.items():
+        np.testing.assert_allclose(b.centers[name], center, atol=1e-7)
 
 
 def test_no_local_crops_and_unknown_centering():

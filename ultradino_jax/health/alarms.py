@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultradino_jax.jsonl import read_rows
+from ultradino_jax.pretraining.terms import terms_in
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def data_starvation(row, facts):
 def learning_rate(row, facts):
     """Steps too long for the weights, or a student worse than an ignorant one."""
     ratio = row["update_norm/backbone"] / max(row["weight_norm/backbone"], 1e-12)
-    loss = (row["dino_local"] + row["dino_global"]) / max(facts.dino_weight, 1e-12)
+    weight = row.get("dino_weight", facts.dino_weight)  # in the row when scheduled
+    loss = sum(row[k] for k in terms_in(row, ["dino_weight"])) / max(weight, 1e-12)
     if ratio > 0.05:
         return f"one step moves the backbone by {100 * ratio:.1f} % of its norm"
     if _warm(row, facts) and loss > 1.2 * row["ln_k"]:

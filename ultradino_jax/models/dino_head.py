@@ -78,7 +78,7 @@ class DINOHead(nn.Module):
     """MLP, L2 normalisation, prototypes (DINOv2 `layers/dino_head.py`).
 
     The logits of many rows do not fit into memory at once, so training asks for
-    `features` and `kernel` and multiplies them in parts (`chunks.summed_over_chunks`).
+    `features` and `kernel` and multiplies them in parts (`chunks.summed`).
     """
 
     hidden_dim: int = 2048

@@ -11,29 +11,26 @@ NORM_EPS, NORM_MOMENTUM = 1e-5, 0.1
 NORMS = ("none", "batch")
 
 
-def batch_norm(x, mean, var, *, train: bool, eps: float, momentum: float):
-    """Batch norm of [..,C] without gain: (normalised, running mean, running var).
+def batch_norm(x, mean, var, *, train: bool, eps: float, momentum=NORM_MOMENTUM):
+    """Batch norm of [..,C] over all but the last axis, with torch's bookkeeping.
 
-    mean, var: running statistics [C], used when not training. A batch is normalised by
-    its biased variance; the running variance takes the unbiased one, as torch's
-    (Flax's own takes the biased). On a global array the statistics are those of the
-    whole batch, as SyncBatchNorm's.
+    mean, var [C]: the running statistics. Returns (normalised, mean, var), these two
+    changed when training. A batch is normalised by its biased variance; the running
+    variance takes the unbiased one (Flax's own takes the biased). On a global array the
+    statistics are those of the whole batch, as SyncBatchNorm's.
     """
-    if not train:
-        return (x - mean) * jax.lax.rsqrt(var + eps), mean, var
-    axes = tuple(range(x.ndim - 1))
-    now, spread = x.mean(axes), x.var(axes)
-    n, keep = x.size // x.shape[-1], 1 - momentum
-    unbiased = spread * n / max(n - 1, 1)
-    return (
-        (x - now) * jax.lax.rsqrt(spread + eps),
-        keep * mean + momentum * now,
-        keep * var + momentum * unbiased,
-    )
+    used_mean, used_var = mean, var
+    if train:
+        axes = tuple(range(x.ndim - 1))
+        used_mean, used_var = x.mean(axes), x.var(axes)
+        n, keep = x.size // x.shape[-1], 1 - momentum
+        mean = keep * mean + momentum * used_mean
+        var = keep * var + momentum * (used_var * n / max(n - 1, 1))
+    return (x - used_mean) * jax.lax.rsqrt(used_var + eps), mean, var
 
 
 class BatchNorm(nn.Module):
-    """`batch_norm` with its own statistics, bias and, by use_scale, gain."""
+    """`batch_norm` with a bias; use_scale: whether there is a gain."""
 
     use_scale: bool = True
 
@@ -47,17 +44,11 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (d,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (d,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (d,))
-        y, mean, var = batch_norm(
-            x,
-            running_mean.value,
-            running_var.value,
-            train=train,
-            eps=NORM_EPS,
-            momentum=NORM_MOMENTUM,
-        )
+        before = running_mean.value, running_var.value
+        x, mean, var = batch_norm(x, *before, train=train, eps=NORM_EPS)
         if train and not self.is_initializing():
             running_mean.value, running_var.value = mean, var
-        return y * scale + bias
+        return x * scale + bias
 
 
 class Upsample(nn.Module):

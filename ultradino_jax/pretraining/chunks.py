@@ -1,6 +1,8 @@
 """Losses against prototypes whose logits exist a chunk at a time."""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,51 +23,46 @@ def in_chunks(tree, size: int):
     return jax.tree.map(cut, tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summed_over_chunks(losses_of, kernel, rows, targets):
-    """Losses of rows against prototypes, the [rows,K] logits alive a chunk at a time.
+class Part(NamedTuple):
+    """A loss of rows against prototypes.
 
-    losses_of: functions, one for each entry of rows and targets (tuples of trees):
-    loss(kernel, rows [c,..], targets) -> (loss, aux) of one chunk of one group.
-    rows: arrays [n,W,c,..], differentiable; targets: (arrays [n,W,c,..], constants),
-    not differentiated. kernel [E,K] is shared by all.
+    loss(kernel, rows, targets, constants) -> (loss, aux), of one chunk of one group.
+    rows, targets: trees of arrays [n,W,c,..], n chunks of c rows; `loss` sees [c,..].
+    constants: a tree that all chunks see whole.
+    """
 
-    Returns (total, aux): the sum of all losses, and a tuple with the aux of each
-    function, summed over chunks; both are means over groups. aux has no gradient.
+    loss: Callable
+    rows: Any
+    targets: Any
+    constants: Any
+
+
+def summed(kernel, *parts: Part):
+    """Losses against the prototypes [E,K], the [rows,K] logits alive chunk by chunk.
+
+    Returns (total, aux): the sum of all losses, and a tuple with the aux of each loss,
+    summed over chunks; both are means over groups. Only kernel and rows are
+    differentiated; aux has no gradient.
 
     The forward pass takes the gradient of each chunk while its logits exist, so that
     nothing of the size [rows,K] is kept or computed twice. The kernel's gradient is
     summed with the group axis still on it: summed over groups inside the loop it
     would be sent between devices once per chunk.
     """
-    return _chunks_forward(losses_of, kernel, rows, targets)[0]
+    return _summed(kernel, *zip(*parts, strict=True))
 
 
-def _chunks_forward(losses_of, kernel, rows, targets):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _summed(kernel, losses_of, rows, targets, constants):
+    return _forward(kernel, losses_of, rows, targets, constants)[0]
+
+
+def _forward(kernel, losses_of, rows, targets, constants):
     num_groups = jax.tree.leaves(rows)[0].shape[1]
-    sums = []  # of each function: (loss [W], aux with [W,..])
-    row_grads = []
     kernel_grad = jnp.zeros((num_groups, *kernel.shape), jnp.float32)
-    for loss_of, r, (data, constants) in zip(losses_of, rows, targets, strict=True):
-
-        def one_group(kernel, r, data, loss_of=loss_of, constants=constants):
-            grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-            return grad(kernel, r, (data, constants))
-
-        def body(carry, chunk, one_group=one_group):
-            step = jax.vmap(one_group, in_axes=(None, 0, 0))
-            value, (for_kernel, for_rows) = step(kernel, *chunk)
-            return jax.tree.map(jnp.add, carry, (value, for_kernel)), for_rows
-
-        shapes = jax.eval_shape(
-            jax.vmap(one_group, in_axes=(None, 0, 0)),
-            kernel,
-            *jax.tree.map(lambda x: x[0], (r, data)),
-        )[0]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (value, kernel_grad), for_rows = jax.lax.scan(
-            body, (zeros, kernel_grad), (r, data)
-        )
+    sums, row_grads = [], []
+    for parts in zip(losses_of, rows, targets, constants, strict=True):
+        value, kernel_grad, for_rows = _one_loss(kernel, kernel_grad, *parts)
         sums.append(value)
         row_grads.append(jax.tree.map(lambda x: x / num_groups, for_rows))
     total = sum(loss for loss, _ in sums).mean()
@@ -73,11 +70,33 @@ def _chunks_forward(losses_of, kernel, rows, targets):
     return (total, aux), (tuple(row_grads), kernel_grad)
 
 
-def _chunks_backward(losses_of, kept, cotangents):
+def _one_loss(kernel, kernel_grad, loss_of, rows, targets, constants):
+    """((loss [W], aux [W,..]), kernel_grad + its own, gradient of the rows)."""
+
+    def one_group(kernel, rows, targets):
+        grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        return grad(kernel, rows, targets, constants)
+
+    groups = jax.vmap(one_group, in_axes=(None, 0, 0))
+
+    def body(carry, chunk):
+        value, (for_kernel, for_rows) = groups(kernel, *chunk)
+        return jax.tree.map(jnp.add, carry, (value, for_kernel)), for_rows
+
+    first = jax.tree.map(lambda x: x[0], (rows, targets))
+    value, _ = jax.eval_shape(groups, kernel, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), value)
+    start = (zeros, kernel_grad)
+    (value, kernel_grad), for_rows = jax.lax.scan(body, start, (rows, targets))
+    return value, kernel_grad, for_rows
+
+
+def _backward(losses_of, kept, cotangents):
+    del losses_of
     row_grads, kernel_grad = kept
     scale, _ = cotangents
     row_grads = jax.tree.map(lambda x: x * scale, row_grads)
-    return kernel_grad.mean(axis=0) * scale, row_grads, None
+    return kernel_grad.mean(axis=0) * scale, row_grads, None, None
 
 
-summed_over_chunks.defvjp(_chunks_forward, _chunks_backward)
+_summed.defvjp(_forward, _backward)

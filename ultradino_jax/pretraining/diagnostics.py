@@ -1,4 +1,4 @@
-"""Numbers of a training step that nobody optimises, for people and alarms."""
+"""Numbers of a training step that are shown and not optimised."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ from ultradino_jax.optimizer import submodule_norms
 from ultradino_jax.pretraining import losses
 
 
-def watch(terms, grads, updates, student, teacher, centers) -> dict[str, jax.Array]:
+def watch(watched, grads, updates, student, teacher, centers) -> dict[str, jax.Array]:
     """Scalars that tell how a step went and change nothing in it.
 
-    Takes teacher_mean [K] and log_distance out of `terms`, which is its own dict.
+    watched: of `objective.Losses`; teacher_mean [K] and log_distance become
+    marginal_entropy and neighbour_distance, the others are passed on.
 
     marginal_entropy: entropy of the teacher's mean answer, in nats. Minus
     teacher_entropy it is how much the answer says about the image (0: collapsed).
@@ -30,9 +31,11 @@ def watch(terms, grads, updates, student, teacher, centers) -> dict[str, jax.Arr
         for kind, tree in trees.items()
         for name, norm in submodule_norms(tree).items()
     }
+    watched = dict(watched)
     return {
-        "marginal_entropy": losses.entropy(terms.pop("teacher_mean")),
-        "neighbour_distance": jnp.exp(terms.pop("log_distance")),
+        "marginal_entropy": losses.entropy(watched.pop("teacher_mean")),
+        "neighbour_distance": jnp.exp(watched.pop("log_distance")),
+        **watched,
         **norms,
         **{f"center_norm/{k}": jnp.linalg.norm(v) for k, v in centers.items()},
     }

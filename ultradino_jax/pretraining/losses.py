@@ -28,6 +28,20 @@ def update_center(center, batch_center, momentum: float = 0.9):
     return momentum * center + (1 - momentum) * batch_center
 
 
+def mean_logits(features, real, kernel, dtype):
+    """Mean over groups of a group's mean logits: [W,..,E], real [W,..] -> [K].
+
+    Logits are linear in the features, so the mean is taken of those: the logits of all
+    rows would not fit.
+    """
+    features = features.astype(dtype).astype(jnp.float32)
+    axes = tuple(range(1, real.ndim))
+    count = jnp.maximum(real.sum(axis=axes), 1)
+    means = (features * real[..., None]).sum(axis=axes) / count[:, None]
+    kernel = kernel.astype(dtype).astype(jnp.float32)
+    return jnp.matmul(means.mean(axis=0), kernel, precision="highest")
+
+
 def sinkhorn_offsets(chunk_logits, chunks, weights, teacher_temp, num_iterations=3):
     """Offsets u [I,K] with which `teacher_log_probs` gives the Sinkhorn-Knopp targets.
 

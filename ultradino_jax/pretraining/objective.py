@@ -13,43 +13,20 @@ mask_indices point into a group's flattened [G*b*N] patches; padding has weight 
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from ultradino_jax.models.dino_head import DINOHead, prototype_logits
-from ultradino_jax.models.vit import ViT
+from ultradino_jax.models.dino_head import prototype_logits
 from ultradino_jax.pretraining import chunks, losses
-
-
-@dataclass(frozen=True)
-class Modules:
-    """The networks. ibot_head None ties the iBOT loss to the DINO head."""
-
-    backbone: ViT
-    dino_head: DINOHead
-    ibot_head: DINOHead | None = None
-
-    def init(self, key, num_channels: int):
-        """Random parameters for both students and teachers."""
-        keys = jax.random.split(key, 3)
-        side = self.backbone.image_size
-        images = jnp.zeros((1, side, side, num_channels))
-        tokens = jnp.zeros((1, self.backbone.embed_dim))
-        params = {
-            "backbone": self.backbone.init(keys[0], images)["params"],
-            "dino_head": self.dino_head.init(keys[1], tokens)["params"],
-        }
-        if self.ibot_head is not None:
-            params["ibot_head"] = self.ibot_head.init(keys[2], tokens)["params"]
-        return params
-
-    def ibot(self, params):
-        """(head, its parameters) of the patch tokens: the tied or the separate one."""
-        if self.ibot_head is None:
-            return self.dino_head, params["dino_head"]
-        return self.ibot_head, params["ibot_head"]
+from ultradino_jax.pretraining.networks import (
+    features_of,
+    forward_crops,
+    gather_tokens,
+    kernel_of,
+)
 
 
 @dataclass(frozen=True)
@@ -78,176 +55,168 @@ class Objective:
                 f"not {self.centering!r}"
             )
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the terms by name; a schedule of the same name goes first."""
+        return {k: v for k, v in vars(self).items() if k.endswith("_weight")}
+
     def normalise(self, crops):
         """uint8 [..,C] -> float32 (x/255 - mean)/std."""
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
         return (crops.astype(jnp.float32) / 255 - mean) / std
 
 
-def forward_crops(modules, objective, params, *crops, masks=None, key=None):
-    """Backbone on crops [W,V,b,S,S,C], of one size or of several together.
+class TeacherHead(NamedTuple):
+    """What turns the teacher's features into targets: softmax(z/tau - sum u)."""
 
-    Returns (CLS [W,V,b,D], patches [W,V*b*N,D]) for each size. masks [W,V,b,N] belong
-    to the first. With a key the pass is a training pass (drop path), without it a plain
-    one.
+    kernel: jax.Array  # the head's prototypes [E,K]
+    offsets: jax.Array  # u [I,K]: the center over tau, or those of Sinkhorn-Knopp
+    temp: jax.Array  # tau
+
+    def log_probs(self, features, dtype):
+        """Logarithm of the targets of unit features [..,E] -> [..,K]."""
+        logits = prototype_logits(features, self.kernel, dtype)
+        return losses.teacher_log_probs(logits, self.offsets, self.temp)
+
+
+class Constants(NamedTuple):
+    """What all chunks of a loss share; num_rows: the rows in all it is a mean over."""
+
+    teacher: TeacherHead
+    weight: jax.Array
+    student_temp: float
+    num_rows: int
+
+
+class DinoRows(NamedTuple):
+    """The student's features of images: [..,G,E] and [..,L,E]."""
+
+    global_crops: jax.Array
+    local_crops: jax.Array
+
+
+class IbotTargets(NamedTuple):
+    """The teacher's features of masked patches [..,E] and the weight of each."""
+
+    features: jax.Array
+    weights: jax.Array
+
+
+class Targets(NamedTuple):
+    """What the student is to predict; the features are cut into chunks [n,W,c,..]."""
+
+    dino: jax.Array  # the teacher's features of the global crops [n,W,c,G,E]
+    dino_head: TeacherHead
+    ibot: IbotTargets
+    ibot_head: TeacherHead
+
+
+class Losses(NamedTuple):
+    """What a batch, or a chunk of it, is found to cost.
+
+    terms: the weighted losses by name, as they are optimised (the reference displays
+    half of koleo and ibot); a term is called as its weight (see `terms`). total: their
+    sum. watched: what is looked at and not optimised.
     """
-    w = crops[0].shape[0]
-    flat = "w v b ... -> (w v b) ..."
-    if masks is not None:
-        masks = rearrange(masks, flat)
-    images = tuple(rearrange(objective.normalise(c), flat) for c in crops)
-    outputs = modules.backbone.apply(
-        {"params": params["backbone"]},
-        images,
-        (masks, *[None] * (len(crops) - 1)),
-        groups=w,
-        train=key is not None,
-        rngs=None if key is None else {"drop_path": key},
-    )
-    results = []
-    for crop, out in zip(crops, outputs, strict=True):
-        v, b = crop.shape[1:3]
-        cls_token = rearrange(out.cls_token, "(w v b) d -> w v b d", w=w, v=v, b=b)
-        patches = rearrange(out.patch_tokens, "(w r) n d -> w (r n) d", w=w)
-        results.append((cls_token, patches))
-    return results
+
+    total: jax.Array
+    terms: dict[str, jax.Array]
+    watched: dict[str, jax.Array]
 
 
-def gather_tokens(patch_tokens, mask_indices):
-    """Masked tokens of each group: [W,R,D], [W,M] -> [W,M,D]."""
-    return jnp.take_along_axis(patch_tokens, mask_indices[..., None], axis=1)
+def dino_chunk(kernel, rows: DinoRows, features, constants: Constants, *, dtype):
+    """DINO loss of c images of a group, as `chunks.summed` wants it.
 
-
-def dino_chunk(kernel, rows, targets, *, head, objective):
-    """DINO loss of c images of a group, as `chunks.summed_over_chunks` wants it.
-
-    rows: student features {'global' [c,G,E], 'local' [c,L,E]}; targets: (the teacher's
-    global features [c,G,E], (its kernel, offsets [I,K], temperature, share c/b)).
+    features: the teacher's [c,G,E]. Watches student_entropy and teacher_entropy (nats,
+    of the global crops) and teacher_mean [K], the teacher's mean answer.
     """
-    features, (teacher_kernel, offsets, teacher_temp, share) = targets
-    logits = functools.partial(prototype_logits, dtype=head.dtype)
+    teacher, weight, temp, num_images = constants
     views_first = functools.partial(rearrange, pattern="c v k -> 1 v c k")
-    log_probs = losses.teacher_log_probs(
-        logits(features, teacher_kernel), offsets, teacher_temp
-    )
+    log_probs = teacher.log_probs(features, dtype)
     probs = jnp.exp(log_probs)
-    global_logits = logits(rows["global"], kernel)
+    global_logits = prototype_logits(rows.global_crops, kernel, dtype)
     local_logits = None
-    if rows["local"].shape[1]:
-        local_logits = views_first(logits(rows["local"], kernel))
-    temp = objective.student_temp
+    if rows.local_crops.shape[1]:
+        local_logits = views_first(prototype_logits(rows.local_crops, kernel, dtype))
     local, across = losses.dino_loss(
         views_first(probs), views_first(global_logits), local_logits, temp
     )
     student_entropy = losses.entropy_of_log(jax.nn.log_softmax(global_logits / temp))
-    terms = {
-        "dino_local": objective.dino_weight * local,
-        "dino_global": objective.dino_weight * across,
+    terms = {"dino_local": weight * local, "dino_global": weight * across}
+    watched = {
         "student_entropy": student_entropy.mean(),
         "teacher_entropy": losses.entropy_of_log(log_probs).mean(),
         "teacher_mean": probs.mean(axis=(0, 1)),  # [K]
     }
-    terms = {k: v * share for k, v in terms.items()}
-    return terms["dino_local"] + terms["dino_global"], terms
+    share = len(features) / num_images
+    terms, watched = jax.tree.map(lambda x: x * share, (terms, watched))
+    total = sum(terms.values())
+    return total, Losses(total, terms, watched)
 
 
-def ibot_chunk(kernel, rows, targets, *, head, objective):
-    """iBOT loss of c masked patches of a group: student features [c,E] -> (loss, aux).
-
-    targets: ((teacher features [c,E], weights [c]), (its kernel, offsets [I,K],
-    temperature, number of crops of the group)).
-    """
-    (features, weights), (teacher_kernel, offsets, teacher_temp, num_crops) = targets
-    logits = functools.partial(prototype_logits, dtype=head.dtype)
-    probs = jnp.exp(
-        losses.teacher_log_probs(
-            logits(features, teacher_kernel), offsets, teacher_temp
-        )
+def ibot_chunk(kernel, rows, targets: IbotTargets, constants: Constants, *, dtype):
+    """iBOT loss of c masked patches of a group; rows: the student's features [c,E]."""
+    teacher, weight, temp, num_crops = constants
+    probs = jnp.exp(teacher.log_probs(targets.features, dtype))
+    logits = prototype_logits(rows, kernel, dtype)
+    ibot = weight * losses.ibot_loss(
+        probs[None], logits[None], targets.weights[None], num_crops, student_temp=temp
     )
-    ibot = objective.ibot_weight * losses.ibot_loss(
-        probs[None], logits(rows, kernel)[None], weights[None], num_crops,
-        student_temp=objective.student_temp,
-    )  # fmt: skip
-    return ibot, {"ibot": ibot}
+    return ibot, Losses(ibot, {"ibot": ibot}, {})
 
 
-def teacher_targets(modules, objective, teacher, centers, batch, teacher_temp):
+def teacher_targets(
+    modules, objective, teacher, centers, batch, scheduled
+) -> tuple[Targets, dict[str, jax.Array]]:
     """What the student is to predict, and the centers after this batch.
 
-    Returns (dino, ibot, centers): `targets` of dino_chunk and ibot_chunk, their arrays
-    cut into chunks [n,W,c,..]. The probabilities are softmax(z/tau - sum u) in either
-    mode; centering takes u from earlier steps only (the reference applies the mean of
-    a batch before its next use), Sinkhorn-Knopp from this batch.
+    The probabilities are softmax(z/tau - sum u) in either mode: centering takes u from
+    earlier steps only (the reference applies the mean of a batch before its next use),
+    Sinkhorn-Knopp from this batch.
     """
     [(cls_token, patches)] = forward_crops(
         modules, objective, teacher, batch["global_crops"]
     )
-    _, g, b, _ = cls_token.shape
     weights = batch["mask_weights"]
+    dino_head, dino_params = modules.dino_head, teacher["dino_head"]
     ibot_head, ibot_params = modules.ibot(teacher)
-    dino = features_of(modules.dino_head, teacher["dino_head"], cls_token)
-    ibot = features_of(
-        ibot_head, ibot_params, gather_tokens(patches, batch["mask_indices"])
-    )
+    dino = features_of(dino_head, dino_params, cls_token)
     dino = rearrange(dino, "w g b e -> w b g e")
+    masked_patches = gather_tokens(patches, batch["mask_indices"])
+    ibot = features_of(ibot_head, ibot_params, masked_patches)
     images, masked = chunk_sizes(objective, batch)
-    dino_chunks = chunks.in_chunks(dino, images)
-    ibot_chunks, weight_chunks = chunks.in_chunks((ibot, weights), masked)
-    parts = {}
-    for name, head, params, features, pieces, real in (
-        ("dino", modules.dino_head, teacher["dino_head"], dino, dino_chunks, None),
-        ("ibot", ibot_head, ibot_params, ibot, ibot_chunks, weight_chunks),
-    ):
-        kernel = kernel_of(head, params)
+
+    def head(module, params, features, real, size, center):
+        """(TeacherHead, next center); features [W,R,..,E], real [W,R,..]."""
+        kernel, temp = kernel_of(module, params), scheduled["teacher_temp"]
         if objective.centering == "sinkhorn_knopp":
-            real = jnp.ones(pieces.shape[:-1]) if real is None else real
             offsets = losses.sinkhorn_offsets(
-                functools.partial(prototype_logits, kernel=kernel, dtype=head.dtype),
-                pieces,
-                real,
-                teacher_temp,
+                functools.partial(prototype_logits, kernel=kernel, dtype=module.dtype),
+                *chunks.in_chunks((features, real), size),
+                temp,
                 objective.sinkhorn_iterations,
             )
-        else:
-            # The iBOT batch center is the mean over groups of each group's mean, not
-            # weighted by how many patches a group masks (`ibot_patch_loss.py`).
-            real = jnp.ones(features.shape[:-1]) if name == "dino" else weights > 0
-            offsets = centers[name][None] / teacher_temp
-            centers = centers | {
-                name: losses.update_center(
-                    centers[name],
-                    mean_logits(features, real, kernel, head.dtype),
-                    objective.center_momentum,
-                )
-            }
-        parts[name] = kernel, offsets, teacher_temp
-    dino = dino_chunks, (*parts["dino"], images / b)
-    ibot = (ibot_chunks, weight_chunks), (*parts["ibot"], g * b)
-    return dino, ibot, centers
+            return TeacherHead(kernel, offsets, temp), center
+        # The iBOT batch center is the mean over groups of each group's mean, not
+        # weighted by how many patches a group masks (`ibot_patch_loss.py`).
+        mean = losses.mean_logits(features, real, kernel, module.dtype)
+        after = losses.update_center(center, mean, objective.center_momentum)
+        return TeacherHead(kernel, center[None] / temp, temp), after
 
-
-def features_of(head, params, tokens):
-    """Unit features of a head: [..,D] -> [..,E]."""
-    return head.apply({"params": params}, tokens, method="features")
-
-
-def kernel_of(head, params):
-    """A head's prototypes [E,K]."""
-    return head.apply({"params": params}, method="kernel")
-
-
-def mean_logits(features, real, kernel, dtype):
-    """Mean over groups of a group's mean logits: [W,..,E], real [W,..] -> [K].
-
-    Logits are linear in the features, so the mean is taken of those: the logits of all
-    rows would not fit.
-    """
-    features = features.astype(dtype).astype(jnp.float32)
-    axes = tuple(range(1, real.ndim))
-    count = jnp.maximum(real.sum(axis=axes), 1)
-    means = (features * real[..., None]).sum(axis=axes) / count[:, None]
-    kernel = kernel.astype(dtype).astype(jnp.float32)
-    return jnp.matmul(means.mean(axis=0), kernel, precision="highest")
+    every = jnp.ones(dino.shape[:-1])
+    dino_teacher, dino_center = head(
+        dino_head, dino_params, dino, every, images, centers["dino"]
+    )
+    ibot_teacher, ibot_center = head(
+        ibot_head, ibot_params, ibot, weights > 0, masked, centers["ibot"]
+    )
+    targets = Targets(
+        dino=chunks.in_chunks(dino, images),
+        dino_head=dino_teacher,
+        ibot=chunks.in_chunks(IbotTargets(ibot, weights), masked),
+        ibot_head=ibot_teacher,
+    )
+    return targets, {"dino": dino_center, "ibot": ibot_center}
 
 
 def chunk_sizes(objective, batch):
@@ -270,12 +239,16 @@ def pad_mask_buffer(batch, chunk_rows: int):
     return batch | padded
 
 
-def student_features(modules, objective, student, batch, key):
-    """Student's view of all crops, global ones masked.
+class StudentRows(NamedTuple):
+    """The student's features, cut into chunks [n,W,c,..], and its class tokens."""
 
-    Returns (cls_token [W,G,b,D], rows of dino_chunk, rows of ibot_chunk), the rows cut
-    into chunks [n,W,c,..].
-    """
+    cls_token: jax.Array  # of the global crops [W,G,b,D]
+    dino: DinoRows
+    ibot: jax.Array  # of the masked patches [n,W,c,E]
+
+
+def student_rows(modules, objective, student, batch, key) -> StudentRows:
+    """Student's view of all crops, global ones masked."""
     forward = functools.partial(forward_crops, modules, objective, student)
     large, small, masks = (batch[k] for k in ("global_crops", "local_crops", "masks"))
     if small.shape[1] == 0:
@@ -291,47 +264,57 @@ def student_features(modules, objective, student, batch, key):
     cls_token, patches = outputs[0]
     local_cls = outputs[1][0] if small.shape[1] else cls_token[:, :0]
     images, masked = chunk_sizes(objective, batch)
-    crops = {
-        name: rearrange(
-            features_of(modules.dino_head, student["dino_head"], cls),
-            "w v b e -> w b v e",
-        )
-        for name, cls in (("global", cls_token), ("local", local_cls))
-    }
+
+    def image_features(cls):
+        features = features_of(modules.dino_head, student["dino_head"], cls)
+        return rearrange(features, "w v b e -> w b v e")
+
+    dino = DinoRows(image_features(cls_token), image_features(local_cls))
     tokens = gather_tokens(patches, batch["mask_indices"])
-    patch_rows = features_of(*modules.ibot(student), tokens)
-    return (
-        cls_token,
-        chunks.in_chunks(crops, images),
-        chunks.in_chunks(patch_rows, masked),
+    ibot = features_of(*modules.ibot(student), tokens)
+    return StudentRows(
+        cls_token, chunks.in_chunks(dino, images), chunks.in_chunks(ibot, masked)
     )
 
 
-def compute_losses(modules, objective, student, batch, targets, key):
-    """(total, terms): the optimised loss, its weighted parts and what to watch.
+def compute_losses(
+    modules, objective, student, batch, targets: Targets, scheduled, key
+) -> tuple[jax.Array, Losses]:
+    """(loss to differentiate, the same with its terms and what to watch).
 
-    total = dino_local + dino_global + koleo + ibot; each term is logged as it is
-    optimised (the reference displays half of koleo and ibot). Besides them `terms`
-    holds student_entropy and teacher_entropy (nats, of the global crops), teacher_mean
-    [K], the teacher's mean answer, and log_distance, the mean log distance of a CLS
-    token to its nearest neighbour within the group (KoLeo's).
+    scheduled: this step's values, with every weight of the objective among them. Terms:
+    dino_local, dino_global, koleo, ibot. Besides what dino_chunk watches there is
+    log_distance, the mean log distance of a CLS token to its nearest neighbour within
+    the group (KoLeo's). `Losses` carries no gradient.
     """
-    cls_token, *rows = student_features(modules, objective, student, batch, key)
-    rows, targets = tuple(rows), tuple(targets)
-    koleo = jax.vmap(jax.vmap(losses.koleo_loss))(cls_token)
+    _, g, b = batch["global_crops"].shape[:3]
+    rows = student_rows(modules, objective, student, batch, key)
+    temp = objective.student_temp
     ibot_head, ibot_params = modules.ibot(student)
-    dino = functools.partial(dino_chunk, head=modules.dino_head, objective=objective)
-    ibot = functools.partial(ibot_chunk, head=ibot_head, objective=objective)
+    dino = chunks.Part(
+        functools.partial(dino_chunk, dtype=modules.dino_head.dtype),
+        rows.dino,
+        targets.dino,
+        Constants(targets.dino_head, scheduled["dino_weight"], temp, b),
+    )
+    ibot = chunks.Part(
+        functools.partial(ibot_chunk, dtype=ibot_head.dtype),
+        rows.ibot,
+        targets.ibot,
+        Constants(targets.ibot_head, scheduled["ibot_weight"], temp, g * b),
+    )
     kernel = kernel_of(modules.dino_head, student["dino_head"])
     if modules.ibot_head is None:  # in one go: one gradient of the shared prototypes
-        total, terms = chunks.summed_over_chunks((dino, ibot), kernel, rows, targets)
+        loss, (of_dino, of_ibot) = chunks.summed(kernel, dino, ibot)
     else:
-        total, terms = 0.0, ()
-        kernels = kernel, kernel_of(ibot_head, ibot_params)
-        for f, k, r, t in zip((dino, ibot), kernels, rows, targets, strict=True):
-            part, extra = chunks.summed_over_chunks((f,), k, (r,), (t,))
-            total, terms = total + part, terms + extra
-    terms = terms[0] | terms[1]
-    terms["koleo"] = objective.koleo_weight * koleo.mean(axis=0).sum()
-    terms["log_distance"] = -jax.lax.stop_gradient(koleo).mean()
-    return total + terms["koleo"], terms
+        loss, (of_dino,) = chunks.summed(kernel, dino)
+        more, (of_ibot,) = chunks.summed(kernel_of(ibot_head, ibot_params), ibot)
+        loss = loss + more
+
+    log_distances = -jax.vmap(jax.vmap(losses.koleo_loss))(rows.cls_token)
+    koleo = scheduled["koleo_weight"] * -log_distances.mean(axis=0).sum()
+    loss = loss + koleo
+
+    terms = {**of_dino.terms, "koleo": koleo, **of_ibot.terms}
+    watched = {**of_dino.watched, "log_distance": log_distances.mean()}
+    return loss, Losses(sum(terms.values()), terms, watched)

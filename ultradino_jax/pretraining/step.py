@@ -3,6 +3,7 @@
 Batches are those of `objective`: W groups of b images, all arrays with W in front.
 """
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from ultradino_jax.pretraining.diagnostics import watch
+from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.pretraining.objective import (
-    Modules,
     Objective,
     compute_losses,
     pad_mask_buffer,
@@ -55,13 +56,15 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    teacher_temp: Schedule,
-    ema_momentum: Schedule,
+    schedules: dict[str, Schedule],
     seed: int = 0,
     accum_steps: int = 1,
     whole=lambda params: params,
 ):
     """Build train_step(state, batch) -> (state, metrics), pure and ready for jit.
+
+    schedules: 'teacher_temp', 'ema_momentum' and whichever weights of the objective
+    change over the run, by the names they have there; others are not looked at.
 
     accum_steps cuts the W groups into that many micro-batches and averages their
     gradients. Every loss is a mean over groups, so the result equals the large batch,
@@ -73,22 +76,21 @@ def make_train_step(
     then sent instead: some ten times the bytes, growing with the devices.
     """
 
-    def loss_and_grads(state, batch, key):
+    def loss_and_grads(state, scheduled, batch, key):
         batch = pad_mask_buffer(batch, objective.chunk_rows)
-        temp = teacher_temp(state.step)
-        *targets, centers = teacher_targets(
-            modules, objective, state.teacher, state.centers, batch, temp
+        targets, centers = teacher_targets(
+            modules, objective, state.teacher, state.centers, batch, scheduled
         )
         targets = jax.lax.stop_gradient(targets)
-        (_, terms), grads = jax.value_and_grad(
+        (_, found), grads = jax.value_and_grad(
             lambda student: compute_losses(
-                modules, objective, student, batch, targets, key
+                modules, objective, student, batch, targets, scheduled, key
             ),
             has_aux=True,
         )(state.student)
-        return grads, centers, terms
+        return grads, centers, found
 
-    def accumulate(state, batch, key):
+    def accumulate(state, scheduled, batch, key):
         num_groups = batch["mask_weights"].shape[0]
         if num_groups % accum_steps:
             raise ValueError(
@@ -97,34 +99,38 @@ def make_train_step(
 
         def body(total, xs):
             i, micro = xs
-            parts = loss_and_grads(state, micro, jax.random.fold_in(key, i))
+            key_i = jax.random.fold_in(key, i)
+            parts = loss_and_grads(state, scheduled, micro, key_i)
             return jax.tree.map(jnp.add, total, parts), None
 
         micro = micro_batches(batch, accum_steps)
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(loss_and_grads, state, first, key)
+        # Not as an argument of eval_shape: a constant weight stays a number.
+        one = functools.partial(loss_and_grads, state, scheduled)
+        shapes = jax.eval_shape(one, first, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), micro))
         return jax.tree.map(lambda x: x / accum_steps, total)
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        now = {name: schedule(state.step) for name, schedule in schedules.items()}
+        scheduled = objective.weights | now
         arrays = {k: v for k, v in batch.items() if k not in ("index", "bad")}
         gradients = accumulate if accum_steps > 1 else loss_and_grads
         gathered = state.replace(
             student=whole(state.student), teacher=whole(state.teacher)
         )
-        grads, centers, terms = gradients(gathered, arrays, key)
+        grads, centers, found = gradients(gathered, scheduled, arrays, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
-        m = ema_momentum(state.step)
+        m = scheduled["ema_momentum"]
         # m t + (1-m) s, in the form that leaves equal weights equal to the last bit.
         teacher = jax.tree.map(
             lambda t, s: t + (1 - m) * (s - t), state.teacher, student
         )
-        names = ("dino_local", "dino_global", "koleo", "ibot")
-        watched = watch(terms, grads, updates, student, teacher, centers)
-        metrics = {"total": sum(terms[n] for n in names), **terms, **watched}
+        watched = watch(found.watched, grads, updates, student, teacher, centers)
+        metrics = {"total": found.total, **found.terms, **watched}
         return (
             TrainState(state.step + 1, student, teacher, opt_state, centers),
             metrics,

@@ -9,7 +9,7 @@ from ultradino_jax.data.crops import CropConfig
 from ultradino_jax.data.masking import mask_buffer_length
 from ultradino_jax.models.dino_head import head_flops
 from ultradino_jax.models.vit import forward_flops
-from ultradino_jax.pretraining.objective import Modules
+from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.run.settings import FeedSettings
 
 # Dense bfloat16 peak per device in FLOP/s, from the makers' data sheets.

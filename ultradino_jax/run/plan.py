@@ -18,7 +18,8 @@ from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
-from ultradino_jax.pretraining.objective import Modules, Objective
+from ultradino_jax.pretraining.networks import Modules
+from ultradino_jax.pretraining.objective import Objective
 from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule

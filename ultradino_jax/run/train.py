@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
 def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> None:
     """Go on from the newest checkpoint to the end; `stack` closes what is opened."""
     is_main = jax.process_index() == 0
-    progress = Progress(plan.total_steps)
+    progress = Progress(plan.total_steps, weights=plan.objective.weights)
     stack.callback(progress.close)
     say = progress.say if is_main else (lambda text: None)
     s = plan.loop

@@ -16,6 +16,7 @@ from tensorboardX.summary import image as image_summary
 from tensorboardX.summary import scalar as scalar_summary
 
 from ultradino_jax.jsonl import MetricFile
+from ultradino_jax.pretraining.terms import terms_in
 
 
 def format_duration(seconds: float) -> str:
@@ -108,10 +109,13 @@ class Writer:
 
 
 class Progress:
-    """One line per log step: live on a terminal, plain elsewhere."""
+    """One line per log step: live on a terminal, plain elsewhere.
 
-    def __init__(self, total_steps: int, *, stream=None):
-        self.total = total_steps
+    weights: names of the loss weights, which tell the terms to show.
+    """
+
+    def __init__(self, total_steps: int, *, weights=(), stream=None):
+        self.total, self.weights = total_steps, weights
         self.console = Console(file=stream or sys.stdout, highlight=False)
         self.live = (
             Live(console=self.console, auto_refresh=False)
@@ -130,7 +134,7 @@ class Progress:
         left = (self.total - step - 1) * timing["seconds_per_step"]
         terms = " ".join(
             f"{name} {metrics[name]:.4f}"
-            for name in ("total", "dino_local", "dino_global", "koleo", "ibot")
+            for name in ("total", *terms_in(metrics, self.weights))
         )
         utilisation = (
             f"MFU {100 * timing['mfu']:.1f}%"
