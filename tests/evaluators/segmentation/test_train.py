@@ -18,13 +18,13 @@ from ultradino_jax.evaluators.segmentation.train import (
 )
 from ultradino_jax.models.vit import ViT
 
-RECIPE = Recipe(60, 5, 16, 1e-2, drop_path=0.1, head_channels=8, validate_every=30)
+RECIPE = Recipe(120, 5, 16, 1e-2, drop_path=0.1, validate_every=40)
 
 
 @pytest.fixture(scope="module")
 def backbone():
     """As a row from scratch has it: LayerScale is 1."""
-    model = ViT(16, 2, 2, patch_size=8, image_size=32, layerscale=1.0)
+    model = ViT(16, 2, 2, patch_size=8, image_size=32, num_registers=0, layerscale=1.0)
     params = model.init(jax.random.key(3), jnp.zeros((1, 32, 32, 1)))["params"]
     return Backbone(model, params, 32, 1, (0.2,), (0.2,), name="small")
 
@@ -60,7 +60,7 @@ def test_training_learns_squares_and_is_recognised(backbone, tmp_path):
     assert history[-1]["loss"] < 0.6 * history[0]["loss"]
     path = tmp_path / "segmenter" / "segmenter.json"
     record = json.loads(path.read_text())
-    listed = [0, 60, 5, 16, 1e-2, 0.1, "reference", "none", 8, "reference", 30, 32, 0]
+    listed = [0, 120, 5, 16, 1e-2, 0.1, "reference", "none", 0, "reference", 40, 32, 0]
     record["identity"]["settings"] = listed
     path.write_text(json.dumps(record))
     assert load_segmenter(tmp_path)[1]["history"] == run(backbone, tmp_path)[1]
