@@ -11,6 +11,7 @@ from ultradino_jax.data.pipeline import MAX_BAD, build_pipeline
 from ultradino_jax.data.sources import BadImage, CacheSource
 
 CROPS = CropConfig(global_size=32, local_size=16, num_local=3)
+FEW = CropConfig(global_size=16, num_local=0)  # where only the order matters
 SETTINGS = {"batch_size": 8, "groups": 4, "patch_size": 8, "seed": 11}
 
 
@@ -33,9 +34,9 @@ class Records:
         return np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
 
 
-def batches(source=None, **changes):
+def batches(source=None, crops=CROPS, **changes):
     settings = {**SETTINGS, "num_steps": 4, "num_threads": 0, **changes}
-    iterator = build_pipeline(source or Records(), CROPS, **settings)
+    iterator = build_pipeline(source or Records(), crops, **settings)
     try:
         return list(iterator)
     finally:
@@ -103,7 +104,9 @@ def test_masks_belong_to_the_group_and_the_step(reference):
 
 
 def test_each_pass_holds_every_record_once_in_a_new_order():
-    order = np.concatenate([b["index"].ravel() for b in batches(num_steps=13)])
+    order = np.concatenate(
+        [b["index"].ravel() for b in batches(crops=FEW, num_steps=13)]
+    )
     passes = order.reshape(8, 13)  # 13 batches of 8 are 8 passes over 13 records
     assert (np.sort(passes, axis=1) == np.arange(13)).all()
     assert len({tuple(row) for row in passes}) == 8
@@ -111,7 +114,7 @@ def test_each_pass_holds_every_record_once_in_a_new_order():
 
 def test_seeds_give_unrelated_streams():
     def order(seed):
-        steps = batches(num_steps=13, seed=seed)
+        steps = batches(crops=FEW, num_steps=13, seed=seed)
         return np.concatenate([b["index"].ravel() for b in steps]).reshape(8, 13)
 
     passes = [tuple(row) for seed in (0, 1) for row in order(seed)]
@@ -167,9 +170,10 @@ def test_colour_images(reference):
 
 def test_bad_images_are_replaced_and_reported():
     broken = (2, 5, 7)
-    clean = np.concatenate([b["index"].ravel() for b in batches(num_steps=13)])
-    got = batches(Records(broken=broken), num_steps=13)
-    assert_same(got, batches(Records(broken=broken), num_steps=13, num_threads=2))
+    settings = {"crops": FEW, "num_steps": 13}
+    clean = np.concatenate([b["index"].ravel() for b in batches(**settings)])
+    got = batches(Records(broken=broken), **settings)
+    assert_same(got, batches(Records(broken=broken), **settings, num_threads=2))
     index = np.concatenate([b["index"].ravel() for b in got])
     bad = np.concatenate([b["bad"].reshape(-1, MAX_BAD) for b in got])
     assert not np.isin(index, broken).any()

@@ -236,9 +236,10 @@ def test_african_planes_from_the_tar(tmp_path):
     assert len(set(data.patients)) == 10  # two in each country, both numbered 1, 2
 
 
-def test_data_sets_import_neither_jax_nor_tensorflow():
+def test_data_sets_phantom_and_prepare_import_neither_jax_nor_tensorflow():
     code = (
-        "import sys; import ultradino_jax.data.datasets.open; sys.exit(bool("
+        "import sys; import ultradino_jax.data.datasets.open, ultradino_jax.phantom; "
+        "import ultradino_jax.prepare; sys.exit(bool("
         "{'jax', 'tensorflow', 'ml_collections', 'tensorflow_datasets'}"
         " & set(sys.modules)))"
     )

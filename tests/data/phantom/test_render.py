@@ -1,8 +1,6 @@
 import hashlib
 import itertools
 import multiprocessing
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -54,7 +52,7 @@ def test_an_image_depends_on_seed_and_index():
 
 def test_every_plane_once_in_six_images_of_a_patient():
     orders = set()
-    for patient in range(6):
+    for patient in range(3):
         first = 12 * patient
         labels = [render_phantom(first + k, size=(32, 32)).label for k in range(12)]
         assert sorted(labels[:6]) == sorted(labels[6:]) == list(range(6))
@@ -170,6 +168,7 @@ def test_overlays_change_nothing_but_their_own_pixels():
     assert changed >= 5
 
 
+@pytest.mark.slow  # of the drawing, which rarely changes
 def test_the_shape_of_the_fan_does_not_find_the_cervix():
     """A linear and a nearest-neighbour classifier on the outline stay near chance.
 
@@ -180,7 +179,7 @@ def test_the_shape_of_the_fan_does_not_find_the_cervix():
     from sklearn.neighbors import KNeighborsClassifier
 
     shapes, labels = [], []
-    for index in range(300):
+    for index in range(480):
         phantom = render_phantom(index, size=(32, 40), overlays=False)
         # Closed, so that fluid inside the fan does not count: the outline alone.
         mask = (phantom.image > 0).astype(np.uint8)
@@ -188,7 +187,7 @@ def test_the_shape_of_the_fan_does_not_find_the_cervix():
         shapes.append(mask[::2, ::2].ravel())
         labels.append(phantom.label)
     shapes, labels = np.asarray(shapes, np.float32), np.asarray(labels)
-    train, test = slice(0, 220), slice(220, None)
+    train, test = slice(0, 360), slice(360, None)
     cervix = labels[test] == PLANES.index("Maternal cervix")
     for model in (
         LogisticRegression(C=0.01, max_iter=100, tol=1e-2),
@@ -212,11 +211,6 @@ def test_the_shape_of_the_fan_does_not_find_the_cervix():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         render_phantom(**arguments)
-
-
-def test_the_phantom_never_imports_jax():
-    code = "import sys, ultradino_jax.phantom; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_settings_share_the_scanner_but_not_the_patient():

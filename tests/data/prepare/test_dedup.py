@@ -38,7 +38,7 @@ def test_copies_are_near_and_others_are_not(how):
     assert found == list(range(len(originals)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 127), max_size=7, unique=True), st.integers(0, 99))
 def test_every_change_of_seven_bits_is_found(flipped, seed):
     rng = np.random.default_rng(seed)
