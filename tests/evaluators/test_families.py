@@ -13,9 +13,9 @@ from configs import fass, fetal_planes  # noqa: E402
 from tests.weights.test_torch_files import random_state  # noqa: E402
 from ultradino_jax.evaluators.classification import evaluate as classification  # noqa: E402
 from ultradino_jax.evaluators.segmentation import evaluate as segmentation  # noqa: E402
-from ultradino_jax.weights import naming  # noqa: E402
 from ultradino_jax.weights.files import write_safetensors  # noqa: E402
 from ultradino_jax.weights.meta import Architecture  # noqa: E402
+from ultradino_jax.weights.timm import to_timm  # noqa: E402
 
 WIDTH, DEPTH, PATCH, SIDE = 128, 4, 8, 32  # the width and depth of 'tiny'
 CLASSES = ("abdomen", "brain", "femur")
@@ -82,7 +82,7 @@ def ultradino(path):
 
 def timm(path, registers=0):
     tensors = {k: x.numpy() for k, x in state(registers=registers).items()}
-    tensors = naming.to_timm(tensors, class_position=not registers)
+    tensors = to_timm(tensors, class_position=not registers)
     write_safetensors(path / "timm.safetensors", tensors, {})
     return path / "timm.safetensors", "timm_vitt8" + (
         f"_reg{registers}" * bool(registers)
