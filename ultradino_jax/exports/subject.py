@@ -27,8 +27,10 @@ def input_of(subject: Subject):
 
 def vision_model(subject: Subject):
     """The module that turns images into tokens, or a network without one."""
-    if not isinstance(subject, Segmenter):
-        return input_of(subject).model
+    if isinstance(subject, Backbone):
+        return subject.model
+    if isinstance(subject, Classifier):
+        return subject.backbone.model
     model = subject.model
     return model.backbone if isinstance(model, UperNet) else model
 

@@ -16,8 +16,8 @@ _ULTRADINO = Naming("ultradino", {False: (0.1, False), True: (0.1, False)})
 
 
 def _read(file: WeightFile, **sizes) -> Found:
-    kernel = np.shape(file.tensors.get("patch_embed.proj.weight"))
-    naming = _ULTRADINO if kernel[1:2] == (1,) else _DINOV2
+    kernel = file.tensors.get("patch_embed.proj.weight", np.empty(0))
+    naming = _ULTRADINO if kernel.shape[1:2] == (1,) else _DINOV2
     return read_vit(naming, file, **sizes)
 
 
