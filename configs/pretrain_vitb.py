@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     c.loss.ibot_weight = 1.0  # [D]
     c.loss.koleo_weight = 0.1  # [D] cosine to
     c.loss.koleo_weight_end = config_dict.placeholder(float)  # [J] None: constant
+    c.loss.gram_weight = 0.0  # [J] of patch tokens, as in DINOv3; 0 leaves it out
     c.loss.student_temp = 0.1  # [D]
     c.loss.centering = "centering"  # [D] or 'sinkhorn_knopp'
     c.loss.center_momentum = 0.9  # [D]
