@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ultradino_jax.run.plan import make_schedules
 from ultradino_jax.schedules import cosine_schedule, linear_schedule
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "schedules.npz")
@@ -36,3 +37,13 @@ def test_schedules_equal_reference(sub, tag):
 def test_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="warm-up of 11 steps .* run of 10"):
         cosine_schedule(1.0, 0.0, 10, warmup=11)
+
+
+def test_a_loss_weight_is_scheduled_when_its_end_is_given(tiny_config):
+    assert "koleo_weight" not in make_schedules(tiny_config(), 3)
+    config = tiny_config(**{"loss.koleo_weight_end": 0.02})
+    weight = make_schedules(config, 3)["koleo_weight"]
+    total = 3 * config.epochs
+    steps = np.arange(total + 1)
+    expected = 0.02 + 0.04 * (1 + np.cos(np.pi * steps / total))  # from 0.1
+    np.testing.assert_allclose(weight(steps), expected, rtol=1e-6)

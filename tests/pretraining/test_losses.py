@@ -104,6 +104,22 @@ def test_koleo_and_its_gradient_equal_reference(golden):
     assert losses.koleo_loss(views[0, :1]) == 0
 
 
+def test_gram_loss_equals_its_formula():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
+    total = 0.0
+    for a, b in zip(x.astype(float), y.astype(float), strict=True):
+        for i in range(5):
+            for j in range(5):
+                cosines = (
+                    z[i] @ z[j] / np.linalg.norm(z[i]) / np.linalg.norm(z[j])
+                    for z in (a, b)
+                )
+                total += np.subtract(*cosines) ** 2
+    np.testing.assert_allclose(losses.gram_loss(x, y), total / (3 * 25), rtol=1e-5)
+    assert losses.gram_loss(x, 2 * x) < 1e-12
+
+
 def test_cross_entropy_and_entropy_equal_scipy():
     rng = np.random.default_rng(0)
     s = rng.normal(size=(5, 7)).astype(np.float32)

@@ -241,6 +241,28 @@ def test_a_scheduled_weight_is_that_of_its_step():
         np.testing.assert_allclose(value, head[name], atol=close)
 
 
+def test_gram_is_a_term_when_it_has_a_weight():
+    plain, state = small_step()
+    with_gram, _ = small_step(gram_weight=2.0)
+    # Teacher and student start equal; masks alone would tell them apart.
+    teacher = jax.tree.map(lambda x: 0.5 * x, state.teacher)
+    state = state.replace(teacher=teacher)
+    batch = random_batch()
+    (a, base), (b, more) = plain(state, batch), with_gram(state, batch)
+    assert "gram" not in base and more["gram"] > 0
+    for name in ("dino_local", "dino_global", "koleo", "ibot"):
+        np.testing.assert_allclose(more[name], base[name], rtol=1e-5)
+    total = base["total"] + more["gram"]
+    np.testing.assert_allclose(more["total"], total, rtol=1e-6)
+    assert "gram" in terms_in(more, Objective((0.2,), (0.2,)).weights)
+    # Only the backbone feels it.
+    assert abs(more["grad_norm/backbone"] - base["grad_norm/backbone"]) > 1e-4
+    head = flat_names(a.opt_state[1].mu["dino_head"])
+    for name, value in flat_names(b.opt_state[1].mu["dino_head"]).items():
+        close = 1e-5 * np.abs(value).max()
+        np.testing.assert_allclose(value, head[name], atol=close)
+
+
 def test_separate_ibot_head_leaves_the_dino_loss_alone():
     fewer = HEAD.num_prototypes // 2
     separate = Modules(BACKBONE, HEAD, HEAD.clone(num_prototypes=fewer))

@@ -1,4 +1,4 @@
-"""DINO, iBOT and KoLeo losses, centering and Sinkhorn-Knopp: pure functions.
+"""DINO, iBOT, KoLeo and Gram losses, centering and Sinkhorn-Knopp: pure functions.
 
 Arrays are global: under jit on a sharded batch every sum is already the sum over
 devices, so no collective is written here. All arithmetic is float32.
@@ -133,6 +133,21 @@ def koleo_loss(x):
     # torch's PairwiseDistance adds 1e-8 to each component of the difference.
     distance = jnp.linalg.norm(x - x[neighbour] + 1e-8, axis=-1)
     return -jnp.log(distance + 1e-8).mean()
+
+
+def gram_loss(student, teacher):
+    """Distance of two Gram matrices of patch tokens: [..,N,D] twice -> scalar.
+
+    Mean over crops of ||X X^T - Y Y^T||_F^2 / N^2, the rows of X and Y L2-normalised.
+    Source: Simeoni et al. 2025 (DINOv3), section 4, and its `GramLoss`.
+    """
+
+    def gram(x):
+        x = x.astype(jnp.float32)
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return jnp.einsum("...id,...jd->...ij", x, x, precision="highest")
+
+    return jnp.square(gram(student) - gram(teacher)).mean()
 
 
 def entropy(probs):

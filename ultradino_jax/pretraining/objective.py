@@ -1,4 +1,4 @@
-"""What is learnt: DINO + iBOT + KoLeo between a student and a teacher, on groups.
+"""What is learnt: DINO + iBOT + KoLeo (+ Gram) from a teacher, on groups of images.
 
 The batch is cut into W groups of b images. A group is what a GPU is in the reference:
 KoLeo looks for neighbours, masks are allotted and drop path picks its rows within it.
@@ -42,6 +42,7 @@ class Objective:
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
+    gram_weight: float = 0.0
     student_temp: float = 0.1
     centering: str = "centering"
     center_momentum: float = 0.9
@@ -109,6 +110,7 @@ class Targets(NamedTuple):
     dino_head: TeacherHead
     ibot: IbotTargets
     ibot_head: TeacherHead
+    patch_tokens: jax.Array  # of the global crops [W,G*b*N,D]
 
 
 class Losses(NamedTuple):
@@ -215,6 +217,7 @@ def teacher_targets(
         dino_head=dino_teacher,
         ibot=chunks.in_chunks(IbotTargets(ibot, weights), masked),
         ibot_head=ibot_teacher,
+        patch_tokens=patches,
     )
     return targets, {"dino": dino_center, "ibot": ibot_center}
 
@@ -240,9 +243,10 @@ def pad_mask_buffer(batch, chunk_rows: int):
 
 
 class StudentRows(NamedTuple):
-    """The student's features, cut into chunks [n,W,c,..], and its class tokens."""
+    """The student's features, cut into chunks [n,W,c,..], and its tokens."""
 
     cls_token: jax.Array  # of the global crops [W,G,b,D]
+    patch_tokens: jax.Array  # of the same [W,G*b*N,D]
     dino: DinoRows
     ibot: jax.Array  # of the masked patches [n,W,c,E]
 
@@ -272,9 +276,8 @@ def student_rows(modules, objective, student, batch, key) -> StudentRows:
     dino = DinoRows(image_features(cls_token), image_features(local_cls))
     tokens = gather_tokens(patches, batch["mask_indices"])
     ibot = features_of(*modules.ibot(student), tokens)
-    return StudentRows(
-        cls_token, chunks.in_chunks(dino, images), chunks.in_chunks(ibot, masked)
-    )
+    dino, ibot = chunks.in_chunks(dino, images), chunks.in_chunks(ibot, masked)
+    return StudentRows(cls_token, patches, dino, ibot)
 
 
 def compute_losses(
@@ -283,9 +286,9 @@ def compute_losses(
     """(loss to differentiate, the same with its terms and what to watch).
 
     scheduled: this step's values, with every weight of the objective among them. Terms:
-    dino_local, dino_global, koleo, ibot. Besides what dino_chunk watches there is
-    log_distance, the mean log distance of a CLS token to its nearest neighbour within
-    the group (KoLeo's). `Losses` carries no gradient.
+    dino_local, dino_global, koleo, ibot and, unless its weight is 0, gram. Besides what
+    dino_chunk watches there is log_distance, the mean log distance of a CLS token to
+    its nearest neighbour within the group (KoLeo's). `Losses` carries no gradient.
     """
     _, g, b = batch["global_crops"].shape[:3]
     rows = student_rows(modules, objective, student, batch, key)
@@ -316,5 +319,14 @@ def compute_losses(
     loss = loss + koleo
 
     terms = {**of_dino.terms, "koleo": koleo, **of_ibot.terms}
+    weight = scheduled["gram_weight"]
+    if isinstance(weight, jax.Array) or weight:  # a constant 0 costs nothing
+        by_crop = functools.partial(
+            rearrange, pattern="w (r n) d -> w r n d", n=batch["masks"].shape[-1]
+        )
+        tokens = by_crop(rows.patch_tokens), by_crop(targets.patch_tokens)
+        terms["gram"] = weight * losses.gram_loss(*tokens)
+        loss = loss + terms["gram"]
+
     watched = {**of_dino.watched, "log_distance": log_distances.mean()}
     return loss, Losses(sum(terms.values()), terms, watched)

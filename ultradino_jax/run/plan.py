@@ -197,7 +197,12 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedu
     peak = o.base_lr * (config.batch_size / o.reference_batch) ** 0.5
     warm = {"total": total, "warmup": int(o.warmup_epochs * steps_per_epoch)}
     freeze = int(o.freeze_last_layer_epochs * steps_per_epoch)
-    t = config.teacher
+    t, loss = config.teacher, config.loss
+    weights = {}
+    if loss.koleo_weight_end is not None:
+        weights["koleo_weight"] = cosine_schedule(
+            loss.koleo_weight, loss.koleo_weight_end, total
+        )
     return {
         "lr": cosine_schedule(peak, o.min_lr, **warm),
         "last_layer_lr": cosine_schedule(peak, o.min_lr, freeze=freeze, **warm),
@@ -206,6 +211,7 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedu
         "teacher_temp": linear_schedule(
             t.warmup_temp, t.temp, int(t.warmup_temp_epochs * steps_per_epoch)
         ),
+        **weights,
     }
 
 
@@ -302,12 +308,13 @@ def _make_plan(config, num_devices):
         b1=o.b1,
         b2=o.b2,
     )
+    constants = {k: v for k, v in config.loss.items() if not k.endswith("_end")}
     return Plan(
         name=start.name if start else vit_name(config),
         source=source,
         crops=crops,
         modules=modules,
-        objective=Objective(mean, std, **config.loss),
+        objective=Objective(mean, std, **constants),
         optimizer=optimizer,
         schedules=schedules,
         channels=channels,
