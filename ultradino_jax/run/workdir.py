@@ -40,7 +40,7 @@ FREE_KEYS = (
     "health.panels_every",
 )
 # What a key of the config stands for in runs that were made before there was the key.
-MISSING: dict[str, Any] = {}
+MISSING: dict[str, Any] = {"loss.gram_weight": 0.0}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
