@@ -29,6 +29,15 @@ def get_config() -> ConfigDict:
     # architecture from the file, heads fresh. See continue_pretrain.py.
     c.init_from = ""  # [J]
 
+    _networks(c)
+    _objective(c)
+    _optimiser(c)
+    _images(c)
+    _run(c)
+    return c
+
+
+def _networks(c: ConfigDict) -> None:
     c.model = ConfigDict()
     c.model.variant = "base"  # [P]
     c.model.patch_size = 16  # [P]
@@ -50,6 +59,8 @@ def get_config() -> ConfigDict:
     c.ibot.separate_head = False  # [D] the iBOT loss uses the DINO head
     c.ibot.num_prototypes = 65536  # [D] read only with a separate head
 
+
+def _objective(c: ConfigDict) -> None:
     c.loss = ConfigDict()
     c.loss.dino_weight = 1.0  # [D]
     c.loss.ibot_weight = 1.0  # [D]
@@ -69,6 +80,8 @@ def get_config() -> ConfigDict:
     c.teacher.temp = 0.07  # [D]
     c.teacher.warmup_temp_epochs = 30.0  # [D] nominal epochs
 
+
+def _optimiser(c: ConfigDict) -> None:
     c.optim = ConfigDict()
     c.optim.base_lr = 0.004  # [D] times sqrt(batch / reference_batch)
     c.optim.reference_batch = 1024  # [D]
@@ -84,6 +97,8 @@ def get_config() -> ConfigDict:
     c.optim.b1 = 0.9  # [D]
     c.optim.b2 = 0.999  # [D]
 
+
+def _images(c: ConfigDict) -> None:
     c.crops = ConfigDict()
     c.crops.style = "ultrasound"  # [U] augmentations.py; or 'imagenet' [D]
     c.crops.global_size = 224  # [D]
@@ -117,6 +132,8 @@ def get_config() -> ConfigDict:
     c.data.canvas = 384  # [J] read only with 'device'
     c.data.max_bad_fraction = 0.01  # [J] of the images may be unreadable
 
+
+def _run(c: ConfigDict) -> None:
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # [U] NO_SHARD; devices that share one copy of the state
 
@@ -145,4 +162,3 @@ def get_config() -> ConfigDict:
     # Stop when the teacher's phantom kNN at a checkpoint is this much (in accuracy)
     # below that of init_from; 0 never stops.
     c.knn.guard = 0.0  # [J]
-    return c

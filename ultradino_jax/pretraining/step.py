@@ -51,6 +51,36 @@ def micro_batches(batch, accum_steps: int):
     )
 
 
+def averaged(gradients, accum_steps: int):
+    """gradients(state, scheduled, batch, key), as a mean over micro-batches.
+
+    Raises ValueError (on tracing) when the groups cannot be cut into that many.
+    """
+
+    def mean_gradients(state, scheduled, batch, key):
+        num_groups = batch["mask_weights"].shape[0]
+        if num_groups % accum_steps:
+            raise ValueError(
+                f"{num_groups} groups cannot be cut into {accum_steps} micro-batches"
+            )
+
+        def body(total, xs):
+            i, micro = xs
+            parts = gradients(state, scheduled, micro, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, parts), None
+
+        micro = micro_batches(batch, accum_steps)
+        first = jax.tree.map(lambda x: x[0], micro)
+        # Not as an argument of eval_shape: a constant weight stays a number.
+        one = functools.partial(gradients, state, scheduled)
+        shapes = jax.eval_shape(one, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), micro))
+        return jax.tree.map(lambda x: x / accum_steps, total)
+
+    return mean_gradients if accum_steps > 1 else gradients
+
+
 def make_train_step(
     modules: Modules,
     objective: Objective,
@@ -90,38 +120,17 @@ def make_train_step(
         )(state.student)
         return grads, centers, found
 
-    def accumulate(state, scheduled, batch, key):
-        num_groups = batch["mask_weights"].shape[0]
-        if num_groups % accum_steps:
-            raise ValueError(
-                f"{num_groups} groups cannot be cut into {accum_steps} micro-batches"
-            )
-
-        def body(total, xs):
-            i, micro = xs
-            key_i = jax.random.fold_in(key, i)
-            parts = loss_and_grads(state, scheduled, micro, key_i)
-            return jax.tree.map(jnp.add, total, parts), None
-
-        micro = micro_batches(batch, accum_steps)
-        first = jax.tree.map(lambda x: x[0], micro)
-        # Not as an argument of eval_shape: a constant weight stays a number.
-        one = functools.partial(loss_and_grads, state, scheduled)
-        shapes = jax.eval_shape(one, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(body, zeros, (jnp.arange(accum_steps), micro))
-        return jax.tree.map(lambda x: x / accum_steps, total)
-
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         now = {name: schedule(state.step) for name, schedule in schedules.items()}
         scheduled = objective.weights | now
         arrays = {k: v for k, v in batch.items() if k not in ("index", "bad")}
-        gradients = accumulate if accum_steps > 1 else loss_and_grads
         gathered = state.replace(
             student=whole(state.student), teacher=whole(state.teacher)
         )
-        grads, centers, found = gradients(gathered, scheduled, arrays, key)
+        grads, centers, found = averaged(loss_and_grads, accum_steps)(
+            gathered, scheduled, arrays, key
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         m = scheduled["ema_momentum"]
