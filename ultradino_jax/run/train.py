@@ -104,7 +104,9 @@ def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> 
     sharding = batch_sharding(mesh)
     feed = Feed(plan, start, sharding=sharding, meter=meter, bad=bad, say=say)
     stack.push(closing(feed))
-    guarded = plan.start is not None and plan.knn.guard > 0
+    guard = None
+    if plan.start is not None and plan.knn.guard > 0:
+        guard = make_guard(plan.knn, plan.start, say)
     Loop(
         plan,
         mesh,
@@ -117,7 +119,7 @@ def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> 
         doctor=doctor,
         writer=writer,
         progress=progress,
-        guard=make_guard(plan.knn, plan.start, say) if guarded else None,
+        guard=guard,
         say=say,
     ).run(state, start)
     backbone = workdir / "backbone"
