@@ -260,7 +260,8 @@ def test_bad_settings_are_named(place, tmp_path):
     with pytest.raises(ValueError, match="row 'student' is unknown; choose of teacher"):
         run(place, "x", "knn", rows=("student",))
     with pytest.raises((ValueError, OSError), match="^fetal_planes is not prepared in"):
-        run(place, "x", "knn", **{"data.data_dir": str(tmp_path)})
+        nowhere = {"data.data_dir": str(tmp_path), "data.manual_dir": ""}
+        run(place, "x", "knn", **nowhere)
     with pytest.raises(FileNotFoundError, match=r"checkpoint '.*gone' does not exist"):
         evaluate(small_config(place, "knn"), place / "gone", place / "x")
     with pytest.raises(ValueError, match=r"16 wide with 2 blocks, 'small' is 384 wide"):
