@@ -9,6 +9,7 @@ import base64
 import time
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from ultradino_jax.cli import command
 from ultradino_jax.health.curves import chart
@@ -17,7 +18,7 @@ from ultradino_jax.run.writer import format_duration
 from ultradino_jax.whole import read_json, write_whole
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.
-CHARTS = (
+CHARTS: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
     (
         "Loss terms, as optimised",
         "metrics",

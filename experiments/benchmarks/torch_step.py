@@ -33,6 +33,8 @@ class Lightly:
     """
 
     def __init__(self, state: dict, heads: int):
+        # An environment of its own has it.
+        # pyright: reportMissingImports=false
         from lightly_train._methods.dinov2 import dinov2
         from lightly_train._models.dinov2_vit.dinov2_vit import DINOv2ViTModelWrapper
         from lightly_train._models.dinov2_vit.dinov2_vit_src.models import (
