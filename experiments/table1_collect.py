@@ -151,8 +151,7 @@ def write_csv(path: Path, figures: dict) -> None:
             for column in COLUMNS:
                 f = figures[row.name, column.name]
                 paper = row.paper.get(column.name)
-                unknown = f.mean is None or paper is None
-                difference = None if unknown else f.mean - paper
+                difference = None if f.mean is None or paper is None else f.mean - paper
                 numbers = [f.mean, f.std, f.low, f.high]
                 line = [row.name, column.name, column.metric]
                 line += [_number(x) for x in numbers]

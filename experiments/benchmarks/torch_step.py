@@ -1,3 +1,5 @@
+# lightly-train is in an environment of its own.
+# pyright: reportMissingImports=false
 """The peers of step.py: a DINOv2 training step in PyTorch, served over a pipe.
 
     PYTHON torch_step.py (torch-reference|lightly-train) INPUT.npz THREADS
@@ -33,8 +35,6 @@ class Lightly:
     """
 
     def __init__(self, state: dict, heads: int):
-        # An environment of its own has it.
-        # pyright: reportMissingImports=false
         from lightly_train._methods.dinov2 import dinov2
         from lightly_train._models.dinov2_vit.dinov2_vit import DINOv2ViTModelWrapper
         from lightly_train._models.dinov2_vit.dinov2_vit_src.models import (

@@ -77,7 +77,7 @@ def chart(
     lines = _drawable(series, log)
     if not lines:
         return ""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.4, 2.3))
         axes = figure.add_axes((0.12, 0.11, 0.86, 0.72))
         for (name, x, y), ink in zip(lines, COLOURS, strict=False):
