@@ -14,7 +14,7 @@ from ultradino_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/*.py[:kind]")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "what is evaluated")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder for the results")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for the results", required=True)
 
 
 def main(argv):
@@ -30,5 +30,5 @@ def main(argv):
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     cli.run(main)

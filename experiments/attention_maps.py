@@ -17,6 +17,7 @@ head, three colours). --checkpoint takes what eval.py takes.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -45,7 +46,7 @@ def load_images(folder: Path | None, count: int) -> tuple[list[str], list]:
     return names, [source[int(i)] for i in chosen]
 
 
-def variants(backbone) -> dict[str, object]:
+def variants(backbone) -> dict[str, Any]:
     """{label: backbone}: as it is and, where it has registers, without them."""
     from ultradino_jax.evaluators.segmentation.segmenter import usable_backbone
 

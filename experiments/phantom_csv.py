@@ -33,7 +33,7 @@ def write_phantoms(run: Path, out: Path, patients: int) -> None:
         )
         name = f"images/{index}.png"
         Image.fromarray(phantom.image).save(out / name)
-        rows.append([name, phantom.plane, phantom.patient])
+        rows.append([name, phantom.plane, str(phantom.patient)])
     with open(out / "phantom.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

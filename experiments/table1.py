@@ -48,7 +48,9 @@ NNUNET_HINT = "needs --nnunet-bin, the bin folder of an environment with nnunetv
 
 def find_weights(folder: Path | None, row: Row) -> Path | None:
     """The row's file or folder below --weights, or None."""
-    for name in row.weights if folder else ():
+    if folder is None:
+        return None
+    for name in row.weights:
         for suffix in SUFFIXES:
             path = folder / f"{name}{suffix}"
             if path.exists():

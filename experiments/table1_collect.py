@@ -151,12 +151,12 @@ def write_csv(path: Path, figures: dict) -> None:
             for column in COLUMNS:
                 f = figures[row.name, column.name]
                 paper = row.paper.get(column.name)
-                known = f.mean is not None and paper is not None
+                difference = None if f.mean is None or paper is None else f.mean - paper
                 numbers = [f.mean, f.std, f.low, f.high]
                 line = [row.name, column.name, column.metric]
                 line += [_number(x) for x in numbers]
                 line += [f.runs or "", _number(paper)]
-                line += [_number(f.mean - paper) if known else ""]
+                line += [_number(difference)]
                 line += [_number(f.background), f.digest, f.reason]
                 writer.writerow([*line, " ".join(note_text(row))])
 

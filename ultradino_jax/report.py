@@ -19,7 +19,7 @@ from ultradino_jax.run.writer import format_duration
 from ultradino_jax.whole import read_json, write_whole
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.
-CHARTS = (
+CHARTS: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
     ("Total loss", "metrics", {"total": "total"}, {}),
     (
         "Entropy, nats",

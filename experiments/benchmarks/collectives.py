@@ -52,7 +52,7 @@ def measure(config, devices) -> dict:
     """Compile and add up; parameter_bytes are the student's."""
     start = time.perf_counter()
     lowered, _, state = lower_step(config, devices)
-    found = collectives(lowered.compile().as_text(), len(devices))
+    found = collectives(lowered.compile().as_text() or "", len(devices))
     parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.student))
     kinds = defaultdict(lambda: {"instructions": 0, "executions": 0, "wire_bytes": 0.0})
     largest = sorted(found, key=lambda c: -c.wire_bytes)
@@ -108,7 +108,7 @@ def print_row(name: str, row: dict) -> None:
 
 def main() -> None:
     """Prints every case and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--devices", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))

@@ -67,7 +67,7 @@ def apart(images: list[np.ndarray], config: CropConfig, side: int) -> dict:
     found = {"global": [], "local": []}
     for index, image in enumerate(images):
         rng = np.random.default_rng(index)
-        decisions = sample_crops(rng, *image.shape[:2], config)
+        decisions = sample_crops(rng, image.shape[0], image.shape[1], config)
         parts = place_on_canvas(image, decisions, side)
         parts = {name: value[None, None] for name, value in parts.items()}
         device = jitted(parts.pop("canvas"), parts, config)
@@ -86,7 +86,7 @@ def rate(batch: int, seconds: float = 5.0) -> dict:
     config = CropConfig.ultrasound()
     image = render_phantom(0, size=(256, 341)).image[:, :, None]
     drawn = [
-        sample_crops(np.random.default_rng(i), *image.shape[:2], config)
+        sample_crops(np.random.default_rng(i), image.shape[0], image.shape[1], config)
         for i in range(batch)
     ]
     parts = [place_on_canvas(image, decisions, CANVAS) for decisions in drawn]
@@ -108,7 +108,7 @@ def rate(batch: int, seconds: float = 5.0) -> dict:
 
 def main() -> None:
     """Prints one line per comparison, then the rate; --json keeps them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=8, help="images, for the rate")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()

@@ -98,7 +98,9 @@ def parts(source) -> tuple[float, float]:
         image = source[index]
         middle = time.process_time()
         rng = np.random.default_rng(index)
-        render_crops(image, sample_crops(rng, *image.shape[:2], config), config)
+        render_crops(
+            image, sample_crops(rng, image.shape[0], image.shape[1], config), config
+        )
         decode += middle - start
         crop += time.process_time() - middle
     return 1e3 * decode / len(source), 1e3 * crop / len(source)
@@ -113,7 +115,7 @@ def device_parts(source) -> tuple[float, float, float]:
         image = source[index]
         marks[-1].append(time.process_time())
         rng = np.random.default_rng(index)
-        decisions = sample_crops(rng, *image.shape[:2], config)
+        decisions = sample_crops(rng, image.shape[0], image.shape[1], config)
         marks[-1].append(time.process_time())
         place_on_canvas(image, decisions, CANVAS)
         marks[-1].append(time.process_time())
@@ -152,7 +154,7 @@ def half_size_decode(source) -> tuple[float, np.ndarray, np.ndarray]:
         seconds += time.process_time() - start
         image = source[index]
         rng = np.random.default_rng(index)
-        decisions = sample_crops(rng, *image.shape[:2], config)
+        decisions = sample_crops(rng, image.shape[0], image.shape[1], config)
         # Even boxes, so that the half-size box is the same region.
         decisions.boxes[:] -= decisions.boxes % 2
         exact = render_crops(image, decisions, config)
@@ -167,7 +169,7 @@ def half_size_decode(source) -> tuple[float, np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Prints one line per format, then the half-size comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=24, help="files per format")
     parser.add_argument("--steps", type=int, default=6, help="timed batches of 8")
     options = parser.parse_args()

@@ -44,7 +44,7 @@ def measure(config, gpus: int) -> dict:
         for name in ("argument", "output", "temp", "alias")
     }
     row["total"] = row["argument"] + row["temp"] + row["output"] - row["alias"]
-    found = collectives(compiled.as_text(), gpus)
+    found = collectives(compiled.as_text() or "", gpus)
     return row | {
         "collective_gb_sent": sum(c.wire_bytes for c in found) / 1e9,
         "collectives": len(found),

@@ -66,6 +66,7 @@ def main():
     training = model.clone(backbone=with_drop_path(vit, 0.4))
     state = SegmentationState(variables, optimizer.init(variables["params"]))
     batch = jax.device_put(batches[0])
+    terms = None
     for step in range(flags.steps + 1):
         key = jax.random.key(step)
         state, terms = train_step(

@@ -113,7 +113,7 @@ def serve_ours(config) -> None:
     about = {
         "jax": jax.__version__,
         "compile_seconds": time.perf_counter() - start,
-        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9 if memory else None,
         "gflop": plan.flops_per_step / 1e9,
         "peak_gb_before_step": peak_gb(),
     }
@@ -151,9 +151,9 @@ def write_input(config, path: Path) -> None:
     names = {"lr": "lr", "last_layer_lr": "last_layer_lr", "wd": "weight_decay"}
     names |= {"mom": "ema_momentum", "temp": "teacher_temp"}
     for name, schedule in names.items():
-        arrays[f"hyper/{name}"] = np.float64(plan.schedules[schedule](0))
-    arrays["heads"] = np.int64(plan.modules.backbone.num_heads)
-    np.savez(path, **arrays)
+        arrays[f"hyper/{name}"] = np.asarray(plan.schedules[schedule](0), np.float64)
+    arrays["heads"] = np.asarray(plan.modules.backbone.num_heads, np.int64)
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def start_workers(folder: Path) -> dict[str, Worker]:
@@ -163,7 +163,9 @@ def start_workers(folder: Path) -> dict[str, Worker]:
     for variant in filter(None, VARIANT.value):
         commands[f"ours, {variant}"] = [*ours, f"--worker={variant}"]
     script = str(Path(__file__).with_name("torch_step.py"))
-    pythons = dict(zip(PEERS, (TORCH_PYTHON.value, LIGHTLY_PYTHON.value), strict=True))
+    pythons: dict[str, str | None] = dict(
+        zip(PEERS, (TORCH_PYTHON.value, LIGHTLY_PYTHON.value), strict=True)
+    )
     for peer in PEER.value:
         if not pythons[peer]:
             raise app.UsageError("--peer=lightly-train needs --lightly_python")

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 
-import timm
+import timm  # pyright: ignore[reportMissingImports]
 import torch
 
 

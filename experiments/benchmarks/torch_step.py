@@ -1,3 +1,5 @@
+# lightly-train is in an environment of its own.
+# pyright: reportMissingImports=false
 """The peers of step.py: a DINOv2 training step in PyTorch, served over a pipe.
 
     PYTHON torch_step.py (torch-reference|lightly-train) INPUT.npz THREADS

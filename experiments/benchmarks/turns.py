@@ -20,21 +20,23 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.about = self._answer()
         self.seconds: list[float] = []
         self.first_terms: dict[str, float] = {}
         self.peak_gb = 0.0
 
     def _answer(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.process.args} ended: {self.process.wait()}")
         return json.loads(line)
 
     def step(self) -> float:
         """Seconds of one step."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        self.stdin.write("step\n")
+        self.stdin.flush()
         answer = self._answer()
         self.first_terms = self.first_terms or answer.get("terms", {})
         self.peak_gb = answer["peak_gb"]
@@ -42,5 +44,5 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        self.process.stdin.close()
+        self.stdin.close()
         self.process.wait()

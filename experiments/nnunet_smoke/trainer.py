@@ -1,7 +1,9 @@
 """nnU-Net's trainer for the smoke table; it finds it by path (nnUNet_extTrainer)."""
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import (  # pyright: ignore[reportMissingImports]
+    nnUNetTrainer,
+)
 
 
 class nnUNetTrainer_smoke_1epoch(nnUNetTrainer):

@@ -5,18 +5,20 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0e7490")
 MOST_POINTS = 500
 
 # Text stays text, in the page's font; the same chart is the same bytes every time.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 7.5,
@@ -38,11 +40,12 @@ NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Series = tuple[str, Sequence[float], Sequence[float]]
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS):
+def thin(x: ArrayLike, y: ArrayLike, most: int = MOST_POINTS):
     """At most `most` points: the mean of each run of neighbours."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
     runs = range(0, len(x), max(1, math.ceil(len(x) / most)))
     if len(runs) == len(x):
-        return np.asarray(x, float), np.asarray(y, float)
+        return x, y
     counts = np.diff([*runs, len(x)])
     return np.add.reduceat(x, runs) / counts, np.add.reduceat(y, runs) / counts
 
@@ -74,7 +77,7 @@ def chart(
     lines = _drawable(series, log)
     if not lines:
         return ""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.4, 2.3))
         axes = figure.add_axes((0.12, 0.11, 0.86, 0.72))
         for (name, x, y), ink in zip(lines, COLOURS, strict=False):
@@ -90,7 +93,7 @@ def chart(
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.get_major_formatter().set_useOffset(False)
+            axes.ticklabel_format(axis="y", useOffset=False)
         if level:
             name, value = level
             axes.axhline(value, color="#6b7280", ls="--", lw=0.8, clip_on=False)
@@ -107,7 +110,8 @@ def chart(
             columnspacing=1.2, borderpad=0.1,
         )  # fmt: skip
         for handle in legend.legend_handles:  # the names' colours say it
-            handle.set_visible(False)
+            if handle is not None:
+                handle.set_visible(False)
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata=NO_METADATA)
     return _inline(out.getvalue(), title)
