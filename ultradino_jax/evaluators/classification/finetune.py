@@ -100,10 +100,10 @@ def init_head(key, d: int, num_classes: int) -> dict:
 
 def apply_head(head: dict, stats: NormStats, cls, train: bool):
     """Class tokens [B,D] -> (logits [B,Y], new running statistics)."""
-    x, *stats = batch_norm(
+    x, mean, var = batch_norm(
         cls, *stats, train=train, eps=NORM_EPS, momentum=NORM_MOMENTUM
     )
-    return x @ head["kernel"] + head["bias"], NormStats(*stats)
+    return x @ head["kernel"] + head["bias"], NormStats(mean, var)
 
 
 @functools.cache  # one object per setting, so that seeds share a compiled step

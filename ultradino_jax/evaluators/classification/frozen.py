@@ -102,7 +102,8 @@ def _few_labels(settings, row, sets, features, grid) -> list[Entry]:
                         sets[name], shots, seed, by_patient=few.unit == "patients"
                     )
                     drawn.append((features[name][rows], sets[name].labels[rows]))
-                fitted = _fit(settings, method, *drawn, num_classes, grid, seed)
+                train, val = drawn
+                fitted = _fit(settings, method, train, val, num_classes, grid, seed)
                 entry.runs.append(_run(seed, fitted, features))
             entries.append(entry)
     return entries

@@ -256,7 +256,7 @@ def train_segmenter(
         state, terms = train_step(
             model, segmenter.preprocess, optimizer, recipe.dice, state, batch, own
         )
-        return state, sum(terms)
+        return state, terms[0] + terms[1]
 
     def batches(k):
         return pair_batches(
