@@ -5,16 +5,16 @@ from pathlib import Path
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter
-from ultradino_jax.exports import hf, meta, onnx, own, timm
+from ultradino_jax.exports import hf, meta, onnx_file, own, timm_folder
 from ultradino_jax.exports.format import Format
 from ultradino_jax.exports.subject import Subject, input_of, kind_of, vision_model
 from ultradino_jax.models.vit import ViT
 
 FORMATS: dict[str, Format] = {
     "hf": hf.FORMAT,
-    "timm": timm.FORMAT,
+    "timm": timm_folder.FORMAT,
     "meta": meta.FORMAT,
-    "onnx": onnx.FORMAT,
+    "onnx": onnx_file.FORMAT,
     "safetensors": own.FORMAT,
 }
 

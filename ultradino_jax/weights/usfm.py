@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def _expected(state: StateDict) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def usfm_params(state: StateDict) -> tuple[dict, dict[str, int], list[str]]:
+def usfm_params(state: StateDict) -> tuple[dict, dict[str, Any], list[str]]:
     """USFM state dict -> (parameters, what `USFM(..)` takes, names left out).
 
     Both layouts are read: one shared bias table, and one per block. The number of heads
