@@ -134,7 +134,7 @@ def write_hashes(
             listed.append((frame.sha256, near))
     if problems or not listed:
         raise UserError(f"{problems} unreadable files, {len(listed)} frames: no list")
-    write_whole(output, format_hashes(listed))
+    write_whole(Path(output), format_hashes(listed))
     return len(listed)
 
 

@@ -43,13 +43,13 @@ class Published:
     """
 
     name: str
-    about: str
+    about: str | None
     release: str
     homepage: str
     url: str
     files: str
     classes: tuple[str, ...]
-    read: Callable[[str | os.PathLike], dict[str, Examples]]
+    read: Callable[[str | os.PathLike], Mapping[str, Examples]]
     groups: tuple[str, ...] | None = None
 
 
@@ -126,7 +126,7 @@ def _open(
                 f"fetch it from {published.homepage}"
             )
         builder.download_and_prepare()
-    pictures = [key for key in ("image", "mask") if key in builder.info.features]
+    pictures = ("image",) if published.groups is not None else ("image", "mask")
     raw = {key: tfds.decode.SkipDecoding() for key in pictures}
     splits = [split for split in ("train", "test") if split in builder.info.splits]
     return str(builder.version), {
