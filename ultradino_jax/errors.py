@@ -71,10 +71,7 @@ def user_line(error: BaseException) -> str | None:
     # Without an NVIDIA card JAX skips 'cuda' and then asserts that something is left.
     if isinstance(error, AssertionError) and _no_backend():
         return f"{platforms}, but there is no such device here"
-    cause = error.__cause__
-    if cause is None and not error.__suppress_context__:
-        cause = error.__context__
-    return str(cause) if isinstance(cause, OSError) else None
+    return str(error.__cause__) if isinstance(error.__cause__, OSError) else None
 
 
 def _on_disk(text: str) -> bool:

@@ -4,9 +4,8 @@
 test for what was trained on FETAL_PLANES_DB.
 """
 
-import os
+import functools
 
-from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.data.datasets.records import (
     Published,
     load_labelled,
@@ -41,12 +40,5 @@ PUBLISHED = Published(
     read=_read,
 )
 
-
-def load(
-    data_dir: str | os.PathLike,
-    *,
-    manual_dir: str | os.PathLike = "",
-    download: bool = False,
-) -> LabelledImages:
-    """The data set with the table's splits 'train' and 'test'; as `load_labelled`."""
-    return load_labelled(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)
+# The data set with the table's splits 'train' and 'test': see `load_labelled`.
+load = functools.partial(load_labelled, PUBLISHED)

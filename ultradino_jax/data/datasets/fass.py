@@ -4,7 +4,7 @@
 published; splits are made by patient.
 """
 
-import os
+import functools
 import re
 from pathlib import PurePosixPath
 
@@ -17,7 +17,6 @@ from ultradino_jax.data.datasets.masks import (
     stems_in,
 )
 from ultradino_jax.data.datasets.records import Published, load_segmented
-from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.data.formats.restricted_pickle import load_npy_pickle
 from ultradino_jax.errors import UserError
 
@@ -88,12 +87,5 @@ PUBLISHED = Published(
     read=_read,
 )
 
-
-def load(
-    data_dir: str | os.PathLike,
-    *,
-    manual_dir: str | os.PathLike = "",
-    download: bool = False,
-) -> SegmentedImages:
-    """The data set, without splits; as `load_segmented`."""
-    return load_segmented(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)
+# The data set, without splits: see `load_segmented`.
+load = functools.partial(load_segmented, PUBLISHED)

@@ -5,7 +5,7 @@ image counts as one. FH-PS-AOP is derived from JNU-IFM and its numbers overlap t
 PSFHS: never train on one of the three and test on another.
 """
 
-import os
+import functools
 from pathlib import PurePosixPath
 
 from ultradino_jax.data.datasets.jnu_ifm import CLASSES
@@ -18,7 +18,6 @@ from ultradino_jax.data.datasets.masks import (
     stems_in,
 )
 from ultradino_jax.data.datasets.records import Published, load_segmented
-from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.errors import UserError
 
 VALUES = {0: 0, 1: 1, 2: 2}
@@ -61,12 +60,5 @@ PUBLISHED = Published(
     read=_read,
 )
 
-
-def load(
-    data_dir: str | os.PathLike,
-    *,
-    manual_dir: str | os.PathLike = "",
-    download: bool = False,
-) -> SegmentedImages:
-    """The data set, without splits; as `load_segmented`."""
-    return load_segmented(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)
+# The data set, without splits: see `load_segmented`.
+load = functools.partial(load_segmented, PUBLISHED)
