@@ -68,6 +68,22 @@ class LabelledImages:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def sorted_by_id(name: str, rows: Sequence[dict]):
+    """(order, column): the rows' indices sorted by id, and column(key) -> str [n].
+
+    Raises UserError when an id is there twice.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+    for a, b in itertools.pairwise(order):
+        if rows[a]["id"] == rows[b]["id"]:
+            raise UserError(f"{name}: image {rows[a]['id']!r} is listed twice")
+
+    def column(key: str) -> np.ndarray:
+        return np.array([str(rows[i][key]) for i in order], dtype=np.str_)
+
+    return order, column
+
+
 def labelled_images(
     name: str,
     version: str,
@@ -88,16 +104,9 @@ def labelled_images(
                 f"{name}: image {row['id']!r} has the unknown class {row['label']!r}; "
                 f"known are {', '.join(map(repr, classes))}"
             )
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    for a, b in itertools.pairwise(order):
-        if rows[a]["id"] == rows[b]["id"]:
-            raise UserError(f"{name}: image {rows[a]['id']!r} is listed twice")
+    order, column = sorted_by_id(name, rows)
     special = ("id", "label", "patient", "split")
     others = [key for key in rows[0] if key not in special] if rows else []
-
-    def column(key):
-        return np.array([str(rows[i][key]) for i in order], dtype=np.str_)
-
     return LabelledImages(
         name=name,
         version=version,

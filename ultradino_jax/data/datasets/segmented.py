@@ -1,7 +1,6 @@
 """Images with index masks, patients and splits, however they are stored."""
 
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from ultradino_jax.data.datasets.labelled import (
     check_patients,
     complete_splits,
     held_out_patients,
+    sorted_by_id,
 )
 from ultradino_jax.errors import UserError
 
@@ -101,14 +101,7 @@ def segmented_images(
     """
     if not rows:
         raise UserError(f"{name}: there is no image with a mask")
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    for a, b in itertools.pairwise(order):
-        if rows[a]["id"] == rows[b]["id"]:
-            raise UserError(f"{name}: image {rows[a]['id']!r} is there twice")
-
-    def column(key):
-        return np.array([str(rows[i][key]) for i in order], dtype=np.str_)
-
+    order, column = sorted_by_id(name, rows)
     return SegmentedImages(
         name=name,
         version=version,
