@@ -37,7 +37,7 @@ class Part(NamedTuple):
     constants: Any
 
 
-def summed(kernel, *parts: Part):
+def summed(kernel, *parts: Part) -> tuple[jax.Array, tuple]:
     """Losses against the prototypes [E,K], the [rows,K] logits alive chunk by chunk.
 
     Returns (total, aux): the sum of all losses, and a tuple with the aux of each loss,
@@ -53,7 +53,7 @@ def summed(kernel, *parts: Part):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _summed(kernel, losses_of, rows, targets, constants):
+def _summed(kernel, losses_of, rows, targets, constants) -> Any:
     return _forward(kernel, losses_of, rows, targets, constants)[0]
 
 
@@ -65,7 +65,7 @@ def _forward(kernel, losses_of, rows, targets, constants):
         value, kernel_grad, for_rows = _one_loss(kernel, kernel_grad, *parts)
         sums.append(value)
         row_grads.append(jax.tree.map(lambda x: x / num_groups, for_rows))
-    total = sum(loss for loss, _ in sums).mean()
+    total = functools.reduce(jnp.add, [loss for loss, _ in sums]).mean()
     aux = jax.tree.map(lambda x: x.mean(axis=0), tuple(a for _, a in sums))
     return (total, aux), (tuple(row_grads), kernel_grad)
 

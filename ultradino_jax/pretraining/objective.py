@@ -152,7 +152,7 @@ def dino_chunk(kernel, rows: DinoRows, features, constants: Constants, *, dtype)
     }
     share = len(features) / num_images
     terms, watched = jax.tree.map(lambda x: x * share, (terms, watched))
-    total = sum(terms.values())
+    total = terms["dino_local"] + terms["dino_global"]
     return total, Losses(total, terms, watched)
 
 
@@ -192,11 +192,12 @@ def teacher_targets(
         """(TeacherHead, next center); features [W,R,..,E], real [W,R,..]."""
         kernel, temp = kernel_of(module, params), scheduled["teacher_temp"]
         if objective.centering == "sinkhorn_knopp":
+            logits = functools.partial(
+                prototype_logits, kernel=kernel, dtype=module.dtype
+            )
+            pieces, real = chunks.in_chunks((features, real), size)
             offsets = losses.sinkhorn_offsets(
-                functools.partial(prototype_logits, kernel=kernel, dtype=module.dtype),
-                *chunks.in_chunks((features, real), size),
-                temp,
-                objective.sinkhorn_iterations,
+                logits, pieces, real, temp, objective.sinkhorn_iterations
             )
             return TeacherHead(kernel, offsets, temp), center
         # The iBOT batch center is the mean over groups of each group's mean, not
@@ -275,7 +276,8 @@ def student_rows(modules, objective, student, batch, key) -> StudentRows:
 
     dino = DinoRows(image_features(cls_token), image_features(local_cls))
     tokens = gather_tokens(patches, batch["mask_indices"])
-    ibot = features_of(*modules.ibot(student), tokens)
+    ibot_head, ibot_params = modules.ibot(student)
+    ibot = features_of(ibot_head, ibot_params, tokens)
     dino, ibot = chunks.in_chunks(dino, images), chunks.in_chunks(ibot, masked)
     return StudentRows(cls_token, patches, dino, ibot)
 
@@ -329,4 +331,5 @@ def compute_losses(
         loss = loss + terms["gram"]
 
     watched = {**of_dino.watched, "log_distance": log_distances.mean()}
-    return loss, Losses(sum(terms.values()), terms, watched)
+    total = functools.reduce(jnp.add, terms.values())
+    return loss, Losses(total, terms, watched)
