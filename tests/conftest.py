@@ -1,7 +1,9 @@
 """Shared fixtures, and settings that make compiling cheap.
 
-The suite spends its time in the compiler, on shapes that run in milliseconds: XLA's
-optimisation level 0 halves it, and a compilation cache makes the second run faster.
+The suite spends its time in the compiler, on shapes that run in milliseconds. XLA's
+optimisation level 0, its older way of emitting fusions and one module of machine code
+per program take a fifth of the compiler's time that its defaults take; a compilation
+cache makes the second run faster still.
 """
 
 import os
@@ -11,7 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax

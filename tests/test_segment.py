@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ultradino_jax.backbone import Backbone
+from ultradino_jax.cli import command
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
     initial_variables,
@@ -32,7 +33,7 @@ CLASSES = ("background", "head", "other")
 def trained(tmp_path_factory):
     """(folder, segmenter) of random weights that does not say one class everywhere."""
     vit = ViT(16, 2, 2, patch_size=8, image_size=32, num_registers=0, layerscale=1.0)
-    params = vit.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
+    params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
     params = jax.tree.map(lambda x: 5 * x, params)
     backbone = Backbone(vit, params, 32, 1, (0.5,), (0.2,), name="small")
     model = UperNet(vit, num_classes=3, taps=(0, 0, 1, 1), channels=8)
@@ -141,4 +142,4 @@ def test_windows_cover_and_overlap(side, extra):
 def test_command_line_answers_in_one_line(tmp_path):
     flags = ["--checkpoint", str(tmp_path), "--input", str(tmp_path), "--output", "o"]
     with pytest.raises(SystemExit, match=r"^error: no segmenter\.json in .*'$"):
-        main(flags)
+        command(main, flags)

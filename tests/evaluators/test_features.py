@@ -19,7 +19,7 @@ MEAN, STD = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
 @pytest.fixture(scope="module")
 def backbone():
     model = ViT(24, 5, 2, patch_size=8, image_size=16, num_registers=2)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     return Backbone(model, params, 16, 3, MEAN, STD, name="small")
 
 

@@ -117,7 +117,7 @@ def patient():
     """(backbone, head, head parameters) of a tiny untrained model, LayerScale 1."""
     model = ViT(32, 2, 2, patch_size=8, image_size=32, layerscale=1.0)
     images = np.zeros((1, 32, 32, 1))
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     head = DINOHead(32, 16, 64)
     head_params = head.init(jax.random.key(1), np.zeros((1, 32)))["params"]
     return Backbone(model, params, 32, 1, (0.2,), (0.2,), name="t"), head, head_params

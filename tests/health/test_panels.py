@@ -14,7 +14,7 @@ from ultradino_jax.models.vit import ViT
 
 def tiny_backbone():
     model = ViT(16, 2, 2, patch_size=8, image_size=32, layerscale=1.0)
-    params = model.init(jax.random.key(0), np.zeros((1, 32, 32, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 1)))["params"]
     return Backbone(model, params, 32, 1, (0.2,), (0.3,), name="tiny")
 
 

@@ -186,7 +186,8 @@ def small_step(modules=MODULES, accum_steps=1, koleo_schedule=None, **objective)
         schedules=schedules,
         accum_steps=accum_steps,
     )
-    return jax.jit(step), init_state(modules, optimizer, jax.random.key(3), 1)
+    init = jax.jit(lambda key: init_state(modules, optimizer, key, 1))
+    return jax.jit(step), init(jax.random.key(3))
 
 
 def gradient_of(state):

@@ -34,7 +34,7 @@ def place(tmp_path_factory, one_device):
     write_fetal_planes(place / "download", 10, size=32)
     write_african(place / "african", 10, size=32)
     model = ViT(16, 2, 2, patch_size=8, image_size=16, num_registers=1, layerscale=1.0)
-    params = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))["params"]
     backbone = Backbone(model, params, 16, 1, (0.2,), (0.2,), name="small")
     save_backbone(place / "run" / "backbone", backbone)
     return place

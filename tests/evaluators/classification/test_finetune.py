@@ -83,7 +83,7 @@ def backbone():
         drop_path=0.3,
         layerscale=1.0,
     )
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
     return Backbone(model, params, 16, 1, (0.4,), (0.2,), name="small")
 
 

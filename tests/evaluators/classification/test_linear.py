@@ -173,7 +173,7 @@ def test_labels_outside_of_the_head_are_refused():
 @pytest.fixture(scope="module")
 def backbone():
     model = ViT(16, 4, 2, patch_size=8, image_size=16, num_registers=1)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
     return Backbone(model, params, 16, 1, (0.4,), (0.2,), name="small")
 
 

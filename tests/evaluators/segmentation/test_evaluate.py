@@ -43,7 +43,7 @@ def small_backbone(layerscale=1.0):
     model = ViT(
         16, 2, 2, patch_size=8, image_size=32, num_registers=2, layerscale=layerscale
     )
-    params = model.init(jax.random.key(3), jnp.zeros((1, 32, 32, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 32, 32, 1)))["params"]
     return Backbone(model, params, 32, 1, (0.2,), (0.2,), name="small")
 
 

@@ -25,7 +25,7 @@ RECIPE = Recipe(120, 5, 16, 1e-2, drop_path=0.1, validate_every=40)
 def backbone():
     """As a row from scratch has it: LayerScale is 1."""
     model = ViT(16, 2, 2, patch_size=8, image_size=32, num_registers=0, layerscale=1.0)
-    params = model.init(jax.random.key(3), jnp.zeros((1, 32, 32, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 32, 32, 1)))["params"]
     return Backbone(model, params, 32, 1, (0.2,), (0.2,), name="small")
 
 
