@@ -1,4 +1,8 @@
-"""Backbones: a frozen model with what feeds it, and its folder (weights/ reads it)."""
+"""Backbones: a frozen model with what feeds it, written as a folder.
+
+The folder holds `backbone.json`, which says how to build and feed the model, and its
+parameters (Orbax). weights/ reads it.
+"""
 
 import dataclasses
 import hashlib

@@ -1,8 +1,7 @@
-"""Run checkpoints (resume) and exported backbones (use), both through Orbax.
+"""Checkpoints to resume from, through Orbax; which of them stay.
 
 A run keeps `workdir/checkpoints/<step>` with the train state and a JSON record of
-where the data stream stands. A backbone is a folder with `backbone.json`, which says
-how to build and feed it, and its parameters.
+where the data stream stands; an evaluation keeps its training the same way.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Reading checkpoint files and folders into named NumPy arrays; no names are judged."""
+"""Reading checkpoint files and folders into named NumPy arrays."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Cross entropy and Dice loss as the reference combines them, and the learning rate."""
+"""Cross entropy and Dice loss as the reference combines them."""
 
 import jax
 import jax.numpy as jnp
