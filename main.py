@@ -32,6 +32,7 @@ def main(argv):
 
     if DISTRIBUTED.value or COORDINATOR.value:
         join_others(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    assert WORKDIR.value is not None  # the flag is required
     train(CONFIG.value, WORKDIR.value)
 
 

@@ -11,7 +11,8 @@ Sources: [P] the paper; [U] the released UltraDINO configs and code; [D] DINOv2'
 defaults, which [U] keeps; [J] this project.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -65,7 +66,7 @@ def _objective(c: ConfigDict) -> None:
     c.loss.dino_weight = 1.0  # [D]
     c.loss.ibot_weight = 1.0  # [D]
     c.loss.koleo_weight = 0.1  # [D] cosine to
-    c.loss.koleo_weight_end = config_dict.placeholder(float)  # [J] None: constant
+    c.loss.koleo_weight_end = placeholder(float)  # [J] None: constant
     c.loss.gram_weight = 0.0  # [J] of patch tokens, as in DINOv3; 0 leaves it out
     c.loss.student_temp = 0.1  # [D]
     c.loss.centering = "centering"  # [D] or 'sinkhorn_knopp'

@@ -74,12 +74,12 @@ def _fit(picture: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Writes the sheet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         write_dicom(Path(folder), 1)
-        paths = [Path(get_testdata_file(name, download=False)) for name in _FILES]
+        paths = [Path(str(get_testdata_file(name, download=False))) for name in _FILES]
         paths += sorted(p for p in Path(folder).rglob("IM_*"))
         tiles = [pair(path) for path in paths]
     tiles += [np.full_like(tiles[0], 40)] * (-len(tiles) % 2)

@@ -32,7 +32,8 @@ def checksum(tree) -> jax.Array:
         return jnp.sum(bits * weights, dtype=jnp.uint32)
 
     sums = [leaf_sum(x) for x in jax.tree.leaves(tree)]
-    return sum((2 * i + 1) * s for i, s in enumerate(sums)).astype(jnp.uint32)
+    total = sum((2 * i + 1) * s for i, s in enumerate(sums))
+    return jnp.asarray(total, jnp.uint32)
 
 
 @dataclasses.dataclass

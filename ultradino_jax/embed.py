@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ def _write_part(path: Path, forward: _Forward, source, indices: range) -> None:
     ids = [source.record_id(i) for i in indices]
     good = [image for image, _ in results if image is not None]
     failed = [(name, r) for name, (_, r) in zip(ids, results, strict=True) if r]
-    arrays = forward(good) if good else {}
+    arrays: dict[str, Any] = forward(good) if good else {}
     for name, x in arrays.items():
         if not np.isfinite(x).all():
             raise UserError(

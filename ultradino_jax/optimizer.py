@@ -87,12 +87,12 @@ def clip_by_submodule(max_norm: float) -> optax.GradientTransformation:
     g <- g min(1, max_norm / (||g|| + 1e-6)), as torch's `clip_grad_norm_`.
     """
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
         clipped = {}
-        for name, norm in submodule_norms(grads).items():
+        for name, norm in submodule_norms(updates).items():
             scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-            clipped[name] = jax.tree.map(lambda g, s=scale: g * s, grads[name])
+            clipped[name] = jax.tree.map(lambda g, s=scale: g * s, updates[name])
         return clipped, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -101,7 +101,8 @@ def clip_by_submodule(max_norm: float) -> optax.GradientTransformation:
 class CountState(NamedTuple):
     """Step counter of the scheduled part of the optimiser."""
 
-    count: jax.Array
+    # As optax names it and checkpoints store it.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def scale_and_decay(

@@ -280,7 +280,8 @@ class _Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ultradino_jax.prepare", description=__doc__.splitlines()[0]
+        prog="python -m ultradino_jax.prepare",
+        description=(__doc__ or "").splitlines()[0],
     )
     add = parser.add_argument
     add("--input", action="append", required=True, help="folder or file; repeatable")

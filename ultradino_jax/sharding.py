@@ -22,7 +22,11 @@ FSDP = (
 )
 
 
-def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None):
+# jaxlib comes without types, so Device reads as a variable.
+def make_mesh(
+    fsdp: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+):
     """Mesh ('data', 'fsdp') over all devices, `fsdp` of them sharing one copy.
 
     Raises ValueError when the number of devices is not divisible by `fsdp`.
@@ -34,7 +38,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None):
         (len(devices) // fsdp, fsdp),
         BATCH_AXES,
         axis_types=(AxisType.Auto,) * 2,
-        devices=np.asarray(devices),
+        devices=devices,
     )
 
 

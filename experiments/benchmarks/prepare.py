@@ -84,7 +84,7 @@ def read_rate(cache: Path, seconds: float = 2.0) -> float:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=24)
     count = parser.parse_args().images
     cv2.setNumThreads(0)

@@ -8,10 +8,15 @@ CACHE/shard-00000.npy            INDEX of the same records
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-from array_record.python import array_record_module
+
+# A compiled module without types.
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from ultradino_jax.errors import UserError
 from ultradino_jax.whole import whole_file, write_whole
@@ -118,7 +123,7 @@ class Shards:
         self._files = [root / shard["file"] for shard in shards]
         counts = [shard["records"] for shard in shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._readers: dict[int, object] = {}
+        self._readers: dict[int, Any] = {}
         self._indexes: dict[int, np.ndarray] = {}
 
     def __getstate__(self):

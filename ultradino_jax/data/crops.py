@@ -229,7 +229,8 @@ def _sample_boxes(
     """
     count = len(scale)
     area = rng.uniform(scale[:, :1], scale[:, 1:], (count, _ATTEMPTS)) * height * width
-    aspect = np.exp(rng.uniform(*np.log(ratio), (count, _ATTEMPTS)))
+    low, high = np.log(ratio)
+    aspect = np.exp(rng.uniform(low, high, (count, _ATTEMPTS)))
     w = np.rint(np.sqrt(area * aspect)).astype(np.int32)
     h = np.rint(np.sqrt(area / aspect)).astype(np.int32)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)

@@ -99,6 +99,7 @@ def build_pipeline(
         raise UserError(f"process_index {process_index} of {process_count} processes")
     _check_not_negative(seed=seed, start_step=start_step, num_steps=num_steps)
     local_groups = groups // process_count
+    side = crops.global_size // patch_size
     first_group = process_index * local_groups
     load = _BatchLoader(
         source,
@@ -106,7 +107,7 @@ def build_pipeline(
         batch_size=batch_size,
         group_size=batch_size // groups,
         groups=range(first_group, first_group + local_groups),
-        grid=(crops.global_size // patch_size,) * 2,
+        grid=(side, side),
         canvas=canvas,
         masking={
             "probability": mask_probability,
@@ -211,7 +212,9 @@ class _BatchLoader:
         bad, reasons = [], []
         for attempt in range(MAX_BAD + 1):
             shifted = done * count + (place + attempt * stride) % count
-            index = int(self.order[shifted])
+            index = self.order[shifted]
+            assert index is not None  # a shuffle leaves no record out
+            index = int(index)
             try:
                 return self.source[index], index, bad
             except BadImage as error:

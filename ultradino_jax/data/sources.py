@@ -265,11 +265,11 @@ class CacheSource:
     def __repr__(self) -> str:
         return f"CacheSource({str(self._root)!r}, channels={self._channels})"
 
-    def __getitem__(self, position: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
         try:
-            pixels = self._shards.pixels(position)
+            pixels = self._shards.pixels(index)
         except ValueError as error:
-            raise BadImage(str(error), self.record_id(position)) from None
+            raise BadImage(str(error), self.record_id(index)) from None
         if self._channels == 1:
             return pixels[:, :, None]
         return np.repeat(pixels[:, :, None], self._channels, axis=2)

@@ -3,9 +3,10 @@
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import jax
@@ -17,6 +18,27 @@ from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.sharding import row_sharding
+
+
+class _Input(Protocol):
+    """What a backbone or a network says of its images."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """Images by number, as a data set gives them: uint8 [H,W] or [H,W,C]."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +60,7 @@ class Preprocess:
 
     @classmethod
     def of(
-        cls, backbone: Backbone, *, antialias: bool = False, letterbox: bool = False
+        cls, backbone: _Input, *, antialias: bool = False, letterbox: bool = False
     ) -> "Preprocess":
         """The preprocessing that the backbone carries."""
         b = backbone
@@ -155,7 +177,7 @@ def _forward(model, params, images, preprocess, num_layers):
 
 def extract_features(
     backbone: Backbone,
-    images: Iterable[np.ndarray],
+    images: Iterable[np.ndarray] | Numbered,
     *,
     num_layers: int = 1,
     batch_size: int = 64,
@@ -175,7 +197,7 @@ def extract_features(
     model = backbone.model.clone(dtype=jnp.float32)
     by_row, everywhere = row_sharding(batch_size)
     params = jax.device_put(backbone.params, everywhere)
-    total = len(images) if hasattr(images, "__len__") else None
+    total = len(images) if isinstance(images, Sized) else None
     progress = Progress(name, total, unit="img")
     outputs, count, pending = [], 0, None
     for batch, valid in image_batches(preprocess, images, batch_size):
@@ -204,14 +226,15 @@ def extract_features(
 
 
 def image_batches(
-    preprocess: Preprocess, images: Iterable[np.ndarray], batch_size: int
+    preprocess: Preprocess, images: Iterable[np.ndarray] | Numbered, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """(uint8 [B,S,S,C], number of real rows); the last is padded with its last row."""
-    random_access = hasattr(images, "__len__") and hasattr(images, "__getitem__")
-    items = iter(range(len(images)) if random_access else images)
+    numbered = images if isinstance(images, Numbered) else None
+    items: Iterator[Any] = iter(images if numbered is None else range(len(numbered)))
 
     def prepare(item):
-        return preprocess.resize(np.asarray(images[item] if random_access else item))
+        image = item if numbered is None else numbered[item]
+        return preprocess.resize(np.asarray(image))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(itertools.islice(items, batch_size)):

@@ -72,7 +72,8 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
 
 def target(folder: Path, kind: str):
     """`Format.target`."""
-    import timm
+    # Optional: whoever checks an export installs it.
+    import timm  # pyright: ignore[reportMissingImports]
     import torch
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -4,6 +4,7 @@ Behaviour follows facebookresearch/dinov2 `layers/block.py` (pre-norm, LayerScal
 batch-subset drop path, lists of crops of several sizes).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -149,12 +150,12 @@ class Mlp(nn.Module):
 class LayerScale(nn.Module):
     """Per-channel gain on a residual branch."""
 
-    init: float
+    start: float
 
     @nn.compact
     def __call__(self, x):
         """[B,T,D] -> [B,T,D]."""
-        gamma = self.param("gamma", nn.initializers.constant(self.init), x.shape[-1:])
+        gamma = self.param("gamma", nn.initializers.constant(self.start), x.shape[-1:])
         return x * gamma.astype(x.dtype)
 
 
@@ -179,15 +180,15 @@ class Block(nn.Module):
 
     def setup(self):
         """Name the parameters as the reference does."""
-        norm = dict(epsilon=1e-6, dtype=jnp.float32)
-        self.norm1, self.norm2 = nn.LayerNorm(**norm), nn.LayerNorm(**norm)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=jnp.float32)
+        self.norm1, self.norm2 = norm(), norm()
         self.attn = self.attention()
         self.mlp = Mlp(self.mlp_ratio, self.dtype)
         if self.layerscale is not None:
             self.ls1 = LayerScale(self.layerscale)
             self.ls2 = LayerScale(self.layerscale)
 
-    def __call__(self, x, rate):
+    def __call__(self, x, rate) -> tuple[Any, Any]:
         """x: [B,T,D] or a tuple of such views -> (the same, x or None as the stack).
 
         rate: this block's own drop path rate, or None where all blocks share one.
@@ -215,7 +216,7 @@ class Block(nn.Module):
                 )
                 continue
             key = self.make_rng("drop_path")
-            keys = jax.random.split(key, len(views)) if len(views) > 1 else [key]
+            keys = [key] if len(views) == 1 else jax.random.split(key, len(views))
             if rate is None:
                 views = subset_residual(
                     views, branch, keys, rate=self.drop_path, groups=self.groups

@@ -44,7 +44,7 @@ def _source_axis(window: int, target: int) -> np.ndarray:
     A geometric progression: entries stay dense around offset 0, and the outermost lands
     at the target's outermost. Source: BEiT `run_class_finetuning.py`.
     """
-    low, high = 1.01, 1.5
+    low, high, ratio = 1.01, 1.5, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
         reach = (1 - ratio ** (window - 1)) / (1 - ratio)
@@ -177,6 +177,7 @@ class USFM(nn.Module):
         x = x(patches.astype(self.dtype)).astype(jnp.float32)
         cls_token = self.param("cls_token", trunc_normal, (1, 1, d))
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (b, 1, d)), x], axis=1)
+        side = self.image_size // self.patch_size
         blocks = nn.scan(
             RelativeBlock,
             variable_axes={"params": 0, "intermediates": 0},
@@ -191,7 +192,7 @@ class USFM(nn.Module):
             groups=groups,
             taps=layers is not None,
             dtype=self.dtype,
-            window=2 * (self.image_size // self.patch_size,),
+            window=(side, side),
             grid=grid,
             name="blocks",
         )

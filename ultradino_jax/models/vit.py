@@ -165,7 +165,8 @@ class ViT(nn.Module):
                 "full": jax.checkpoint_policies.nothing_saveable,
             }[self.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=False)
-        per_block = not isinstance(self.drop_path, int | float)
+        drop_path = self.drop_path
+        per_block = not isinstance(drop_path, int | float)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -176,7 +177,7 @@ class ViT(nn.Module):
             self.num_heads,
             self.mlp_ratio,
             self.layerscale,
-            0.0 if per_block or not train else self.drop_path,
+            0.0 if per_block or not train else drop_path,
             groups,
             layers is not None,
             self.dtype,
@@ -184,11 +185,11 @@ class ViT(nn.Module):
         )
         rates = None
         if per_block and train:
-            if len(self.drop_path) != self.depth:
+            if len(drop_path) != self.depth:
                 raise ValueError(
-                    f"{len(self.drop_path)} drop path rates for {self.depth} blocks"
+                    f"{len(drop_path)} drop path rates for {self.depth} blocks"
                 )
-            rates = jnp.asarray(self.drop_path, jnp.float32)
+            rates = jnp.asarray(drop_path, jnp.float32)
         prenorm, taps = blocks(x, rates)
         norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
         if layers is not None:

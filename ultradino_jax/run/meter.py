@@ -69,7 +69,10 @@ class Meter:
         return timing
 
 
-def peak_flops(device: jax.Device) -> float | None:
+# jaxlib comes without types, so Device reads as a variable.
+def peak_flops(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
+) -> float | None:
     """The device's bfloat16 peak in FLOP/s, None when it is not in the table."""
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in device.device_kind.lower():
@@ -82,6 +85,7 @@ def step_flops(
 ) -> float:
     """Operations of one step: teacher forward + 3 x student forward, by formula."""
     backbone, b = modules.backbone, feed.batch_size
+    assert not isinstance(backbone.drop_path, tuple)  # that is for fine-tuning
     keep = 1 - backbone.drop_path
     whole, part = (
         (side // backbone.patch_size) ** 2

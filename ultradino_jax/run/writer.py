@@ -10,7 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+# Protobuf makes the messages when the module is imported.
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import image as image_summary
 from tensorboardX.summary import scalar as scalar_summary

@@ -44,9 +44,9 @@ def open_files(path: str | os.PathLike) -> Files:
     if tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
             content = {
-                member.name: tar.extractfile(member).read()
+                member.name: file.read()
                 for member in tar
-                if member.isfile()
+                if member.isfile() and (file := tar.extractfile(member))
             }
         return Files(visible(content), content.__getitem__)
     raise UserError(f"{str(path)!r} is neither a folder nor a zip or tar archive")

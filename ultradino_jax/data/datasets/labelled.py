@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,22 @@ from ultradino_jax.errors import UserError
 SPLITS = ("train", "val", "test")
 # Scanner presets in the upper right corner of FETAL_PLANES_DB can name the class.
 CORNER_X, CORNER_Y = 0.84, 0.21
+
+
+class _InSplits(Protocol):
+    """A frozen dataclass of images with patients and splits, [n] str each."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def patients(self) -> np.ndarray: ...
+    @property
+    def splits(self) -> np.ndarray: ...
+
+
+_Images = TypeVar("_Images", bound=_InSplits)
 
 
 @dataclass(frozen=True)
@@ -140,8 +157,8 @@ def held_out_patients(
 
 
 def hold_out(
-    data: LabelledImages, new: str, *, source: str, fraction: float, seed: int
-) -> LabelledImages:
+    data: _Images, new: str, *, source: str, fraction: float, seed: int
+) -> _Images:
     """Move a fraction of the patients of split `source` to the split `new`."""
     inside = data.splits == source
     chosen = held_out_patients(data.patients[inside], fraction, seed, data.name)
@@ -151,8 +168,8 @@ def hold_out(
 
 
 def complete_splits(
-    data: LabelledImages, *, val_fraction: float, test_fraction: float, seed: int
-) -> LabelledImages:
+    data: _Images, *, val_fraction: float, test_fraction: float, seed: int
+) -> _Images:
     """Adds the splits that the data do not bring along, patient by patient."""
     if "test" not in data.splits:
         data = hold_out(
@@ -189,7 +206,7 @@ def check_splits(data: LabelledImages) -> None:
     check_patients(data)
 
 
-def check_patients(data: LabelledImages) -> None:
+def check_patients(data: _InSplits) -> None:
     """Raises UserError naming a patient who is in more than one split."""
     seen: dict[str, str] = {}
     overlap = set()

@@ -129,8 +129,10 @@ def _open(
     pictures = ("image",) if published.groups is not None else ("image", "mask")
     raw = {key: tfds.decode.SkipDecoding() for key in pictures}
     splits = [split for split in ("train", "test") if split in builder.info.splits]
+    # Its decorator hides the parameters.
+    open_split: Any = builder.as_data_source
     return str(builder.version), {
-        split: builder.as_data_source(split=split, decoders=raw) for split in splits
+        split: open_split(split=split, decoders=raw) for split in splits
     }
 
 

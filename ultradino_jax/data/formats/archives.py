@@ -22,9 +22,20 @@ def _is_unsafe(name: str) -> bool:
 def _tar_members(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := file.next()) is not None:
         # tarfile remembers every member it has passed; millions would fill the memory.
-        file.members = []
+        # Its stub leaves the list out.
+        file.members = []  # pyright: ignore[reportAttributeAccessIssue]
         if not info.isdir():
             yield info
+
+
+def _members(
+    file: zipfile.ZipFile | tarfile.TarFile,
+) -> Iterator[tuple[str, zipfile.ZipInfo | tarfile.TarInfo]]:
+    """(name, entry) of what is not a directory."""
+    if isinstance(file, zipfile.ZipFile):
+        yield from ((i.filename, i) for i in file.infolist() if not i.is_dir())
+    else:
+        yield from ((i.name, i) for i in _tar_members(file))
 
 
 def _open_tar(path: str) -> tarfile.TarFile:
@@ -74,17 +85,12 @@ def read_members(
     would leave the archive, and any link, is refused. Calls beat(position) before each.
     """
     with zipfile.ZipFile(path) if kind == "zip" else _open_tar(path) as file:
-        if kind == "zip":
-            members = (i for i in file.infolist() if not i.is_dir())
-        else:
-            members = _tar_members(file)
-        for position, info in enumerate(members):
+        for position, (name, info) in enumerate(_members(file)):
             if position >= stop:
                 return
             beat(position)
             if position < start:
                 continue
-            name = info.filename if kind == "zip" else info.name
             try:
                 yield position, name, _read(file, info, name)
             except Unreadable as error:
@@ -118,7 +124,4 @@ def _read(file, info, name: str) -> bytes:
 def member_names(path: str, kind: str) -> Iterator[str]:
     """Names of the members that `read_members` numbers, in its order."""
     with zipfile.ZipFile(path) if kind == "zip" else _open_tar(path) as file:
-        if kind == "zip":
-            yield from (i.filename for i in file.infolist() if not i.is_dir())
-        else:
-            yield from (info.name for info in _tar_members(file))
+        yield from (name for name, _ in _members(file))

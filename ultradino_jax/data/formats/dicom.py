@@ -5,7 +5,10 @@ import math
 
 import numpy as np
 import pydicom
-from pydicom.pixels import apply_color_lut, apply_voi_lut, get_decoder
+from pydicom.dataset import FileMetaDataset
+from pydicom.multival import MultiValue
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut, apply_voi_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 from pydicom.uid import ImplicitVRLittleEndian as ImplicitVR
 
@@ -101,7 +104,7 @@ def _decode(dataset, chosen: list[int]) -> list[np.ndarray]:
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         syntax = ImplicitVR if implicit else explicit
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = syntax
     try:
         decoder = get_decoder(syntax)
@@ -157,11 +160,11 @@ def _rescale(frame: np.ndarray, dataset) -> np.ndarray:
 
 def _window(dataset) -> tuple[float, float] | None:
     """First window centre and width, or None when absent or not usable."""
-    values = []
+    values: list[float] = []
     for keyword in ("WindowCenter", "WindowWidth"):
         value = dataset.get(keyword)
-        if isinstance(value, pydicom.multival.MultiValue):
-            value = value[0] if len(value) else None
+        if isinstance(value, MultiValue):
+            value = value[0] if len(value) else ""
         try:
             values.append(float(value))
         except (TypeError, ValueError):

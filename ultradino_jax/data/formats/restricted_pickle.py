@@ -9,6 +9,7 @@ import io
 import pickle
 
 import numpy as np
+from numpy._core import multiarray, numeric
 from numpy.lib import format as npy_format
 
 from ultradino_jax.errors import UserError
@@ -31,11 +32,13 @@ _CONSTRUCTORS = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): _encode,
 }
+# Its stub leaves it out.
+_frombuffer = numeric._frombuffer  # pyright: ignore[reportAttributeAccessIssue]
 for _module in ("numpy.core", "numpy._core"):
     _CONSTRUCTORS |= {
-        (f"{_module}.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-        (f"{_module}.multiarray", "scalar"): np._core.multiarray.scalar,
-        (f"{_module}.numeric", "_frombuffer"): np._core.numeric._frombuffer,
+        (f"{_module}.multiarray", "_reconstruct"): multiarray._reconstruct,
+        (f"{_module}.multiarray", "scalar"): multiarray.scalar,
+        (f"{_module}.numeric", "_frombuffer"): _frombuffer,
     }
 
 

@@ -177,7 +177,7 @@ class CacheBuilder:
                 if twin is not None:
                     self._drop(file_id, frame.frame, "near_duplicate", twin)
                     continue
-                row = np.zeros((), INDEX)
+                row = np.zeros(1, INDEX)[0]
                 row["file"] = np.frombuffer(file_id, np.uint8)
                 row["frame"], row["box"] = frame.frame, record.box
                 row["patient"] = np.frombuffer(patient, np.uint8)
@@ -186,7 +186,7 @@ class CacheBuilder:
                 row["near"] = record.near
                 row["height"], row["width"] = record.height, record.width
                 row["text_lines"] = min(record.text_lines, 65535)
-                self._keep(row[()], record)
+                self._keep(row, record)
         if len(self._payloads) >= self._shard_records:
             self._seal()
 

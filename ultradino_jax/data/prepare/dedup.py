@@ -20,7 +20,7 @@ _FORMAT = {"format": "ultradino_hashes", "version": 1}
 def pixel_sha256(frame: np.ndarray) -> bytes:
     """SHA-256 of a decoded grey frame [H,W] uint8 and its shape: whatever the file."""
     digest = hashlib.sha256(b"%d %d " % frame.shape)
-    digest.update(np.ascontiguousarray(frame))
+    digest.update(np.ascontiguousarray(frame).data)
     return digest.digest()
 
 

@@ -126,6 +126,7 @@ def _list_archive(task: Task, kind: str, emit) -> None:
 
 
 def _run_part(task: Task, kind: str, settings: Settings, emit) -> None:
+    assert task.stop is not None  # an archive is listed first
     member = task.start
     try:
         for member, name, content in archives.read_members(
@@ -299,12 +300,13 @@ def _add_records(
 
 def _record(number: int, pixels: np.ndarray, settings: Settings) -> Record:
     near = near_hash(pixels)
+    height, width = pixels.shape
     if settings.hashes_only:
-        return Record(number, b"", near, *pixels.shape, 0, 0, 0)
+        return Record(number, b"", near, height, width, 0, 0, 0)
     text_lines = count_text_lines(pixels)
-    if settings.short_side and min(pixels.shape) > settings.short_side:
-        scale = settings.short_side / min(pixels.shape)
-        height, width = (max(1, round(n * scale)) for n in pixels.shape)
+    if settings.short_side and min(height, width) > settings.short_side:
+        scale = settings.short_side / min(height, width)
+        height, width = (max(1, round(n * scale)) for n in (height, width))
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     levels = np.bincount(pixels.ravel(), minlength=256)
     values = np.arange(256)
@@ -312,7 +314,8 @@ def _record(number: int, pixels: np.ndarray, settings: Settings) -> Record:
         number,
         encode(pixels, settings.encoding),
         near,
-        *pixels.shape,
+        height,
+        width,
         int(levels @ values),
         int(levels @ values**2),
         text_lines,

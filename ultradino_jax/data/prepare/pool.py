@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
+from typing import Any
 
 import cv2
 
@@ -158,11 +159,11 @@ class _Pool:
             return
         soonest = min(w.deadline for w in self._workers)
         pause = max(0.0, soonest - time.monotonic())
-        by_pipe = {w.pipe: w for w in self._workers}
+        by_pipe: dict[Any, _Worker] = {w.pipe: w for w in self._workers}
         for pipe in connection.wait(by_pipe, min(pause, 60.0)):
             worker = by_pipe[pipe]
             try:
-                self._receive(worker, *pipe.recv())
+                self._receive(worker, *worker.pipe.recv())
             except (EOFError, OSError):
                 self._bury(worker, "worker_died")
         now = time.monotonic()
@@ -174,7 +175,9 @@ class _Pool:
         worker.deadline = time.monotonic() + self._timeout
         if kind == "ready":
             worker.ready, worker.deadline = True, float("inf")
-        elif kind == "beat":
+            return
+        assert slot is not None  # it speaks of the task that it was sent
+        if kind == "beat":
             worker.member = value
         elif kind == "member":
             slot.results.append(value)
@@ -201,11 +204,12 @@ class _Pool:
         slot = worker.slot
         if slot is None or slot.done or slot not in self._slots:
             return
-        whole = slot.task.stop is None
+        stop = slot.task.stop
+        whole = stop is None
         blamed = max(worker.member, slot.task.start)
         if slot.retried == blamed:
             slot.results.append(MemberResult(-1 if whole else blamed, reason))
-            slot.done = whole or blamed + 1 >= slot.task.stop
+            slot.done = whole or blamed + 1 >= stop
             blamed += 1
         else:
             slot.retried = blamed

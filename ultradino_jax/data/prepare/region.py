@@ -6,7 +6,7 @@ region the caller must skip the frame.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -64,9 +64,9 @@ def bmode_boxes(regions, rows: int, columns: int) -> list[Box] | None:
             _integer(getattr(item, f"RegionLocation{name}", None))
             for name in ("MinY0", "MinX0", "MaxY1", "MaxX1")
         ]
-        if None in corners:
-            return None
         y0, x0, y1, x1 = corners
+        if y0 is None or x0 is None or y1 is None or x1 is None:
+            return None
         # Some vendors write an exclusive corner: one pixel too many is still a fit.
         if y0 < 0 or x0 < 0 or y1 > rows or x1 > columns:
             return None
@@ -162,7 +162,9 @@ def _live(planes: list[np.ndarray], spreads: list[np.ndarray | None]) -> np.ndar
     is interface.
     """
     black, noise = _black_level(planes[0])
-    planes = [cv2.subtract(plane, black) for plane in planes]
+    # It takes a number too, which its stub leaves out.
+    subtract: Any = cv2.subtract
+    planes = [subtract(plane, black) for plane in planes]
     peak = np.max(planes, axis=0)
     opened = cv2.morphologyEx(peak, cv2.MORPH_OPEN, _ellipse(5))
     near = np.ones((5, 5), np.uint8)
@@ -264,6 +266,7 @@ def find_regions(
         if mask is None:
             continue
         inner = _extent(mask)
+        assert inner is not None  # sector_mask makes sure
         box = Box(
             outer.y0 + inner.y0,
             outer.x0 + inner.x0,

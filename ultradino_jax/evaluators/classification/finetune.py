@@ -33,7 +33,7 @@ from ultradino_jax.evaluators.classification.mixup import (
     soft_cross_entropy,
 )
 from ultradino_jax.evaluators.classification.recipe import Plan, train_batches
-from ultradino_jax.evaluators.features import Preprocess, image_batches
+from ultradino_jax.evaluators.features import Numbered, Preprocess, image_batches
 from ultradino_jax.evaluators.training import Job, best_figure, train
 from ultradino_jax.models.layers import NORM_MOMENTUM, batch_norm
 from ultradino_jax.optimizer import learning_rate_table, weight_decay_table
@@ -193,7 +193,7 @@ class FineTuned(NamedTuple):
     val_f1: float
     history: list  # one {"epoch", "loss", "val_macro_f1"} per epoch
 
-    def scores(self, images: Iterable[np.ndarray], batch_size: int = 64):
+    def scores(self, images: Iterable[np.ndarray] | Numbered, batch_size: int = 64):
         """Class probabilities [n,Y] of images."""
         by_row, everywhere = row_sharding(batch_size)
         params, stats = jax.device_put((self.params, self.stats), everywhere)

@@ -212,5 +212,5 @@ def _nearest(c, train, val, num_classes) -> _Fitted:
     accuracy = {
         k: float((v.argmax(axis=1) == val_y).mean()) for k, v in votes(val_x).items()
     }
-    best = max(accuracy, key=accuracy.get)  # the first of equals
+    best = max(accuracy, key=accuracy.__getitem__)  # the first of equals
     return _Fitted(lambda features: votes(features)[best], {"k": best}, accuracy[best])

@@ -79,6 +79,7 @@ def fit_logreg(
             best = LogReg(kernel, bias, float(c), accuracy, not caught)
         progress.update(done)
     progress.close()
+    assert best is not None, "c_grid is empty"
     return best
 
 

@@ -207,14 +207,14 @@ def _predictions(images: LabelledImages, scores, classes, shots) -> Iterator[lis
 
 def write_confusion(path: str | Path, entry: Entry, test: LabelledImages) -> None:
     """PNG of the confusions of an entry, summed over its runs."""
-    confusion = sum(
+    counts = [
         metrics.confusion_matrix(
             test.labels, run.scores.argmax(axis=1), len(test.classes)
         )
         for run in entry.runs
-    )
+    ]
     title = f"{test.name}, {entry.label}, {len(entry.runs)} runs"
-    draw_confusion(path, confusion, test.classes, title)
+    draw_confusion(path, np.sum(counts, axis=0), test.classes, title)
 
 
 def draw_confusion(path, confusion: np.ndarray, classes, title: str) -> None:

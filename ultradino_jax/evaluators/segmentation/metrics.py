@@ -91,8 +91,8 @@ def hd95(prediction: np.ndarray, label: np.ndarray) -> float:
     if not prediction.any() or not label.any():
         return float(np.hypot(*label.shape))
     a, b = surface(prediction), surface(label)
-    to_b = ndimage.distance_transform_edt(~b)[a]
-    to_a = ndimage.distance_transform_edt(~a)[b]
+    to_b = np.asarray(ndimage.distance_transform_edt(~b))[a]
+    to_a = np.asarray(ndimage.distance_transform_edt(~a))[b]
     return float(np.percentile(np.concatenate([to_a, to_b]), 95))
 
 
