@@ -28,6 +28,20 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+# Folders whose files take longest.
+LONG = ("run", "pretraining", "models", "evaluators")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: a process runs a whole file, the last started ends last."""
+
+    def place(item):
+        parts = item.path.relative_to(Path(__file__).parent).parts
+        return LONG.index(parts[0]) if parts[0] in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """A process that keeps every program it compiled needs 5 GB by the end."""
