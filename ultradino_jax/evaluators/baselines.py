@@ -51,7 +51,7 @@ def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same architecture with fresh random parameters."""
     side = backbone.image_size
     images = jnp.zeros((1, side, side, backbone.channels))
-    params = backbone.model.init(jax.random.key(seed), images)["params"]
+    params = jax.jit(backbone.model.init)(jax.random.key(seed), images)["params"]
     return dataclasses.replace(
         backbone, params=params, name=f"{backbone.name} (random init)", source=""
     )
