@@ -13,6 +13,7 @@ from ultradino_jax.data.datasets.labelled import (
     hold_out,
 )
 from ultradino_jax.data.datasets.table import load_class_folders, load_csv
+from ultradino_jax.errors import UserError
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -106,6 +107,22 @@ def test_bad_csv_is_named(tmp_path, rows):
         bad = [r.replace(",,", ",dev,") for r in rows[:3]]
         good = [r.replace(",,", ",train,") for r in rows[3:]]
         check_splits(load_csv(write_csv(tmp_path, bad + good)))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\xff\xfep\0a\0", "not a csv in UTF-8: 'utf-8' codec can't decode"),
+        (b"path,label\n\xe9.png,cat\n", "not a csv in UTF-8"),
+        (b"path,label\na\0.png,cat\n", "not a csv in UTF-8: it holds a NUL byte"),
+        (b'path,label\n"' + b"a" * 200_000 + b'",cat\n', "line 2: field larger than"),
+    ],
+)
+def test_a_file_that_is_no_csv_is_the_user_s_error(tmp_path, content, message):
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"table\.csv.*{message}"):
+        load_csv(path)
 
 
 def test_splits_that_cannot_be_scored_are_refused(tmp_path, rows):

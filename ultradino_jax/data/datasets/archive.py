@@ -5,14 +5,14 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, as_user_error
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 
@@ -87,13 +87,18 @@ def find_table(path: str | os.PathLike, table: str) -> tuple[Files, str]:
 def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str, str]]:
     """Rows of a csv with ',' or ';', blanks around headers and values removed.
 
-    Raises UserError naming the columns that are missing and those that are there.
+    Raises UserError naming the columns that are missing and those that are there, and
+    for a file that is no UTF-8 text or no csv.
     """
-    text = data.decode("utf-8-sig")
+    with as_user_error(f"{where}: not a csv in UTF-8: "):
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds a NUL byte")
     header = text.split("\n", 1)[0]
     delimiter = ";" if header.count(";") > header.count(",") else ","
     lines = csv.reader(io.StringIO(text), delimiter=delimiter)
-    names = [name.strip() for name in next(lines, [])]
+    lined = lines_of(lines, where)
+    names = [name.strip() for name in next(lined, [])]
     missing = [name for name in columns if name not in names]
     if missing:
         raise UserError(
@@ -101,7 +106,7 @@ def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str
             f"{', '.join(map(repr, names))}"
         )
     rows = []
-    for line in lines:
+    for line in lined:
         if not any(value.strip() for value in line):
             continue
         if len(line) != len(names):
@@ -113,6 +118,14 @@ def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str
     if not rows:
         raise UserError(f"{where}: there is no row below the header")
     return rows
+
+
+def lines_of(lines, where: str) -> Iterator[list[str]]:
+    """The lines of a csv.reader; its errors as UserError with file and line."""
+    try:
+        yield from lines
+    except csv.Error as error:
+        raise UserError(f"{where}, line {lines.line_num}: {error}") from error
 
 
 def match_images(

@@ -8,12 +8,12 @@ patient-level permutation test.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from ultradino_jax.cli import command
+from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.bootstrap import (
     interval,
@@ -51,10 +51,11 @@ def read_entry(path: str | Path, entry: str = "") -> dict:
         raise UserError(f"{path}: choose one entry of {', '.join(labels)}")
     classes = results["dataset"]["classes"]
     runs: dict[str, dict] = {}
-    with open(path.parent / "predictions.csv", newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            if line["entry"] == chosen[0] and line["set"] == "test":
-                runs.setdefault(line["seed"], {})[line["id"]] = line
+    table = path.parent / "predictions.csv"
+    wanted = ("entry", "set", "seed", "id")
+    for line in read_table(table.read_bytes(), wanted, str(table)):
+        if line["entry"] == chosen[0] and line["set"] == "test":
+            runs.setdefault(line["seed"], {})[line["id"]] = line
     first = next(iter(runs.values()))
     ids = sorted(first)
     return {
