@@ -87,7 +87,7 @@ def take(x, index, inverse):
 
     inverse [W,n] says where each row of x went, m or more where it went nowhere: with
     it the gradient is a gather too. A scatter would add in an order that changes from
-    run to run on a GPU. No row may be taken twice.
+    run to run on a GPU. Of a row that is taken twice only that place has a gradient.
     """
     del inverse
     return _gather(x, index)
