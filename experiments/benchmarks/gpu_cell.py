@@ -72,7 +72,7 @@ def cell_config(model: str, options: dict, devices: int):
 
     Raises KeyError for a key the config has not.
     """
-    config = MODELS[model]()
+    config = MODELS[model]().lock()  # no new keys
     rest = {k: v for k, v in options.items() if k != "profile"}
     config.batch_size = rest.pop("batch", 256) * devices
     config.groups = rest.pop("groups", 1) * devices

@@ -101,7 +101,7 @@ def xla(q, k, v):
 
 
 def cudnn(q, k, v):
-    """[B,T,A,E] -> [B,T,A,E]; the kernel's gradient wants an even T, so padded to 8s."""
+    """[B,T,A,E] -> [B,T,A,E]; padded to 8s: the gradient wants an even T."""
     b, t = q.shape[:2]
     padding = ((0, 0), (0, -t % 8), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
