@@ -1,0 +1,89 @@
+"""gpu.py's rows as a Markdown table and as lines to print."""
+
+from experiments.benchmarks.gpu_profile import print_kernels
+
+HEAD = (
+    "| model | what differs | ms/step | flowing | img/s | MFU | peak GB | XLA's GB "
+    "| init | trace | compile s |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def number(value, form: str) -> str:
+    """The value in that form, '' for None."""
+    return "" if value is None else format(value, form)
+
+
+def step_line(name: str, row: dict) -> str:
+    """One row of the table of training steps."""
+    _, model, *rest = name.split()
+    cells = [model, " ".join(rest)]
+    if "ms" not in row:
+        return f"| {' | '.join(cells)} | {row.get('error') or 'not run'} |\n"
+    cells += [
+        f"{row['ms']:.1f} ({row['ms_min']:.1f} to {row['ms_max']:.1f})",
+        f"{row['ms_without_waiting']:.1f}",
+        f"{row['images_per_second']:.0f}",
+        number(row["mfu"] and 100 * row["mfu"], ".1f") + (" %" if row["mfu"] else ""),
+        number(row["peak_gb"], ".2f"),
+        number(row["predicted_gb"].get("total"), ".2f"),
+        *(f"{row[n]:.1f}" for n in ("init_seconds", "trace_seconds")),
+        f"{row['compile_seconds']:.1f}",
+    ]
+    if not row["finite"]:
+        cells[2] += ", LOSSES NOT FINITE"
+    return f"| {' | '.join(cells)} |\n"
+
+
+def check_lines(rows: dict) -> str:
+    """Rows of a check, each figure by its name."""
+    lines = ""
+    for name, row in rows.items():
+        figures = []
+        for key, value in row.items():
+            if isinstance(value, dict):
+                inner = ", ".join(f"{k} {v:.1e}" for k, v in value.items())
+                figures.append(f"{key}: {inner}")
+            elif isinstance(value, float):
+                form = ".3f" if key == "ms" else ".1e"
+                figures.append(f"{key} {value:{form}}")
+            else:
+                figures.append(f"{key} {value}")
+        lines += f"- {name}: {'; '.join(figures)}\n"
+    return lines
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    """The whole page."""
+    seen = {
+        f"{r['device']}, jax {r['jax']}, {r['date'].split()[0]}"
+        for r in rows.values()
+        if "device" in r
+    }
+    text = f"# {'; '.join(sorted(seen)) or 'nothing ran'}\n\n"
+    text += "`python -m experiments.benchmarks.gpu`; its docstring says what is what.\n"
+    for title, name in (
+        ("Golden train step, relative to the reference", "golden"),
+        ("Attention, relative to float64", "attention"),
+    ):
+        if name in rows:
+            row = rows[name]
+            text += f"\n## {title}\n\n"
+            text += check_lines(row.get("rows", {}))
+            text += f"- {row['error']}\n" if "error" in row else ""
+    steps = {n: r for n, r in rows.items() if n.startswith("step ")}
+    if steps:
+        text += "\n## Training steps\n\n" + HEAD
+        text += "".join(step_line(name, row) for name, row in steps.items())
+    return text
+
+
+def print_row(name: str, row: dict) -> None:
+    """What a row says, as soon as it is there."""
+    if name.startswith("step "):
+        line = step_line(name, row)
+    else:
+        line = f"{name}: {row.get('error') or row.get('not_run') or ''}\n"
+        line += check_lines(row.get("rows", {}))
+    print(line, end="", flush=True)
+    if "profile" in row:
+        print_kernels(row["profile"])
