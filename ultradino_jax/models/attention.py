@@ -6,6 +6,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from ultradino_jax.models.packing import Layout, pack, unpack
+from ultradino_jax.models.triton_attention import triton_attention
 
 # cuDNN's kernels need an even number of tokens to train; 8 fills a 16-byte load.
 CUDNN_MULTIPLE = 8
@@ -18,7 +19,7 @@ def dot_product_attention(q, k, v, bias, implementation: str):
     implementation: 'xla', or 'cudnn' (bfloat16 or float16 on CUDA, no bias; tokens are
     padded inside and masked).
     """
-    if implementation == "xla" or bias is not None:
+    if implementation != "cudnn" or bias is not None:
         return jax.nn.dot_product_attention(q, k, v, bias=bias)
     b, t = q.shape[:2]
     padding = -t % CUDNN_MULTIPLE
@@ -49,6 +50,8 @@ def packed_attention(qkv, layout: Layout, num_heads: int, implementation: str, b
 
     bias [A,T,T], added to the logits, or None.
     """
+    if implementation == "triton" and bias is None:
+        return triton_attention(qkv, layout, num_heads)
     added = None if bias is None else bias[None].astype(qkv.dtype)
     out = []
     for part in unpack(qkv, layout):
