@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.gpu_checks SPEC OUT
 
-SPEC is JSON: {'check': 'golden' | 'attention', 'tiny': false}. Part of gpu.py.
+SPEC is JSON: {'check': a key of CHECKS, 'tiny': false}. Part of gpu.py. Feature
+extraction is timed here, too.
 """
 
 import functools
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from experiments.benchmarks.gpu_cell import work
+from experiments.benchmarks.extract import random_backbone
+from experiments.benchmarks.gpu_worker import kept, work
 from tests import golden_step
 from tests.golden_step import GOLDEN, MODULES, first_gradient
 from tests.sizes import below
+from ultradino_jax.evaluators.features import extract_features
 from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.tree import flat_names
 
@@ -84,15 +87,6 @@ def golden(spec: dict) -> dict:
         )
         rows[name] = kept(golden_row, g, modules, precision)
     return {"rows": rows}
-
-
-def kept(function, *arguments) -> dict:
-    """The function's row, or one with the error's first line."""
-    try:
-        return function(*arguments)
-    except Exception as error:  # a missing cuDNN, say; the other rows go on
-        lines = str(error).strip().splitlines() or [""]
-        return {"error": f"{type(error).__name__}: {lines[0]}"[:300]}
 
 
 def xla(q, k, v):
@@ -184,9 +178,37 @@ def attention(spec: dict) -> dict:
     return {"rows": rows}
 
 
+def extraction(spec: dict) -> dict:
+    """Images per second of extract_features, grey 512 x 384 in memory."""
+    count, batch = (8, 4) if spec.get("tiny") else (2048, 256)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 384, 512), dtype=np.uint8)
+    rows = {}
+    for variant in ("tiny",) if spec.get("tiny") else ("small", "base"):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            name = f"ViT-{variant}, {jnp.dtype(dtype).name}, batches of {batch}"
+            rows[name] = kept(extraction_row, variant, dtype, images, batch)
+    return {"rows": rows}
+
+
+def extraction_row(variant: str, dtype, images, batch: int) -> dict:
+    """Best of three passes after one that compiles."""
+    backbone = random_backbone(variant, dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        extract_features(backbone, images, batch_size=batch)
+        seconds.append(time.perf_counter() - start)
+    rates = [len(images) / s for s in seconds[1:]]
+    return {"img/s": round(max(rates), 1), "least": round(min(rates), 1)}
+
+
+CHECKS = {"golden": golden, "attention": attention, "extraction": extraction}
+
+
 def check(spec: dict) -> dict:
     """The check that was asked for."""
-    return {"golden": golden, "attention": attention}[spec["check"]](spec)
+    return CHECKS[spec["check"]](spec)
 
 
 if __name__ == "__main__":
