@@ -15,6 +15,10 @@ The part 'repeat' starts one cell three times: with a fresh compilation cache, w
 cache the first one left, with a fresh cache again. It gives the compile times, cold and
 warm, and says whether processes agree to the last bit.
 
+--peer=torch-reference times torch_step.py's statement of DINOv2's step under bfloat16
+autocast on the same noise, --peer=lightly-train lightly-train's own step, each in a
+Python that has it.
+
 Results are kept after every row (--json, and a table beside it as .md); what fails is a
 row with the first line of its error. A second call runs what is missing or failed,
 --again everything. What does not fit --minutes is left for it.
@@ -49,6 +53,8 @@ vits remat=dots batch=256 pipeline data.workers=8 data.render=device
 """
 REPEAT = "vits remat=dots batch=64 repeat"
 PARTS = ("golden", "attention", "steps", "repeat", "extraction")
+PEERS = ("torch-reference", "lightly-train")
+PEER_CELLS = "vitb batch=256; vits batch=256; vitb batch=128"
 # Seconds without which a row is not begun.
 LEAST = 45
 
@@ -178,6 +184,20 @@ def run_repeat(args, runs: Runs) -> None:
             runs.run(f"repeat, {name}", "gpu_cell", spec, environment)
 
 
+def run_peers(args, runs: Runs) -> None:
+    """The PyTorch peers that were asked for."""
+    pythons = {
+        "torch-reference": args.torch_python,
+        "lightly-train": args.lightly_python,
+    }
+    for peer in args.peer:
+        for cell in cells_of(args.peer_cells, False):
+            spec = {"cell": cell, "peer": peer, "python": pythons[peer]}
+            spec["threads"] = os.cpu_count()
+            environment = {"JAX_PLATFORMS": "cpu"}
+            runs.run(f"peer {peer} {cell}", "gpu_peer", spec, environment)
+
+
 def main() -> None:
     """Run what is missing, print each row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -195,6 +215,10 @@ def main() -> None:
     parser.add_argument(
         "--cache", default="~/.cache/ultradino_jax/xla", help="of programs; '' for none"
     )
+    parser.add_argument("--peer", action="append", choices=PEERS, default=[])
+    parser.add_argument("--peer_cells", default=PEER_CELLS, help="one group each")
+    parser.add_argument("--torch_python", default=sys.executable, help="with torch")
+    parser.add_argument("--lightly_python", default=sys.executable)
     parser.add_argument("--tiny", action="store_true", help="shapes of the tests")
     args = parser.parse_args()
     runs = Runs(args.json, args.minutes, args.row_minutes, args.again)
@@ -206,6 +230,7 @@ def main() -> None:
         else:
             spec = {"check": part, "tiny": args.tiny}
             runs.run(part, "gpu_checks", spec, environment_of(args.cache))
+    run_peers(args, runs)
     print(f"kept in {args.json} and {args.json.with_suffix('.md')}")
 
 

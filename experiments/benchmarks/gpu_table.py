@@ -19,22 +19,26 @@ def number(value, form: str) -> str:
 
 
 def step_line(name: str, row: dict) -> str:
-    """One row of the table of training steps."""
-    _, model, *rest = name.split()
-    cells = [model, " ".join(rest)]
+    """One row of the table of training steps: 'step MODEL ..', 'peer WHO MODEL ..'."""
+    kind, *words = name.split()
+    if kind == "peer":
+        words = [f"{words[0]}: {words[1]}", *words[2:]]
+    cells = [words[0], " ".join(words[1:])]
     if "ms" not in row:
-        return f"| {' | '.join(cells)} | {row.get('error') or 'not run'} |\n"
+        why = (row.get("error") or "not run")[:160].replace("|", "/")
+        return f"| {' | '.join(cells)} | {why} |\n"
+    share, memory = row["mfu"], row.get("predicted_gb", {})
     cells += [
         f"{row['ms']:.1f} ({row['ms_min']:.1f} to {row['ms_max']:.1f})",
-        f"{row['ms_without_waiting']:.1f}",
+        number(row.get("ms_without_waiting"), ".1f"),
         f"{row['images_per_second']:.0f}",
-        number(row["mfu"] and 100 * row["mfu"], ".1f") + (" %" if row["mfu"] else ""),
+        f"{100 * share:.1f} %" if share else "",
         number(row["peak_gb"], ".2f"),
-        number(row["predicted_gb"].get("total"), ".2f"),
-        *(f"{row[n]:.1f}" for n in ("init_seconds", "trace_seconds")),
-        f"{row['compile_seconds']:.1f}",
+        number(memory.get("total"), ".2f"),
     ]
-    if not row["finite"]:
+    names = ("init_seconds", "trace_seconds", "compile_seconds")
+    cells += [number(row.get(n), ".1f") for n in names]
+    if not row.get("finite", True):
         cells[2] += ", LOSSES NOT FINITE"
     return f"| {' | '.join(cells)} |\n"
 
@@ -110,7 +114,7 @@ def markdown(rows: dict[str, dict]) -> str:
             row = rows[name]
             text += f"\n## {title}\n\n" + check_lines(row.get("rows", {}))
             text += f"- {row['error']}\n" if "error" in row else ""
-    steps = {n: r for n, r in rows.items() if n.startswith("step ")}
+    steps = {n: r for n, r in rows.items() if n.split()[0] in ("step", "peer")}
     if steps:
         text += "\n## Training steps\n\n" + HEAD
         text += "".join(step_line(name, row) for name, row in steps.items())
@@ -124,7 +128,7 @@ def markdown(rows: dict[str, dict]) -> str:
 
 def print_row(name: str, row: dict) -> None:
     """What a row says, as soon as it is there."""
-    if name.startswith("step "):
+    if name.split()[0] in ("step", "peer"):
         line = step_line(name, row) + fed_lines({name: row})
         line += repeat_lines({name: row}) if "repeat" in row else ""
     elif name.startswith("repeat"):
