@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.health.alarms import Facts
 from ultradino_jax.health.checkups import HealthSettings
 from ultradino_jax.health.phantom_knn import KnnSettings
+from ultradino_jax.models.attention import choose as choose_attention
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.normalization import NORMALIZATION
@@ -136,17 +138,28 @@ def make_crops(config: ConfigDict) -> CropConfig:
     )
 
 
-def make_backbone(config: ConfigDict) -> ViT:
-    """The ViT of a config, its position grid sized for the global crops."""
-    m = config.model
+def compute_dtype(config: ConfigDict):
+    """Of model.dtype. Raises UserError when it is none of the two."""
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if m.dtype not in dtypes:
-        raise UserError(f"model.dtype {m.dtype!r} is none of {', '.join(dtypes)}")
-    overrides = {k: v for k, v in m.items() if k not in ("variant", "dtype")}
+    if config.model.dtype not in dtypes:
+        names = ", ".join(dtypes)
+        raise UserError(f"model.dtype {config.model.dtype!r} is none of {names}")
+    return dtypes[config.model.dtype]
+
+
+def make_backbone(config: ConfigDict, attention: str) -> ViT:
+    """The ViT of a config, its position grid sized for the global crops.
+
+    attention: the implementation chosen for this device.
+    """
+    m = config.model
+    own = ("variant", "dtype", "attention")
+    overrides = {k: v for k, v in m.items() if k not in own}
     return build_vit(
         m.variant,
-        dtype=dtypes[m.dtype],
+        dtype=compute_dtype(config),
         image_size=config.crops.global_size,
+        attention=attention,
         **overrides,
     )
 
@@ -175,11 +188,13 @@ def vit_name(config: ConfigDict) -> str:
     return f"vit_{config.model.variant}_patch{config.model.patch_size}"
 
 
-def make_modules(config: ConfigDict, start: Backbone | None = None) -> Modules:
+def make_modules(
+    config: ConfigDict, attention: str, start: Backbone | None = None
+) -> Modules:
     """Backbone and heads; the architecture is that of `start` when there is one."""
-    backbone = make_backbone(config)
+    backbone = make_backbone(config, attention)
     if start is not None:
-        own = ("drop_path", "dtype", "unroll", "remat")
+        own = ("drop_path", "dtype", "attention", "unroll", "remat")
         backbone = start.model.clone(**{k: getattr(backbone, k) for k in own})
     head = DINOHead(dtype=backbone.dtype, **config.head)
     ibot_head = None
@@ -280,7 +295,10 @@ def _make_plan(config, num_devices):
     source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)
-    modules = make_modules(config, start)
+    attention, why = choose_attention(
+        config.model.attention, compute_dtype(config), jax.default_backend()
+    )
+    modules = make_modules(config, attention, start)
     patch_size, channels = modules.backbone.patch_size, config.data.channels
     for side in (crops.global_size, crops.local_size):
         if side % patch_size:
@@ -324,7 +342,7 @@ def _make_plan(config, num_devices):
         total_steps=config.epochs * steps_per_epoch,
         flops_per_step=step_flops(modules, crops, feed, channels),
         start=start,
-        notes=make_notes(config, feed.groups),
+        notes=(*make_notes(config, feed.groups), f"attention: {attention} ({why})"),
         loop=make_loop(config),
         feed=feed,
         nan=NanPolicy(**config.nan),
