@@ -1,6 +1,6 @@
 """Right and fast on this machine's GPUs? One command, under ten minutes.
 
-    python -m experiments.benchmarks.gpu [--cells='vitb remat=dots batch=256; vits ..']
+    python -m experiments.benchmarks.gpu [--cells='vitb remat=norms batch=256; vits ..']
 
 Correctness first: the golden train step of the tests in float32 and bfloat16 and the
 attention variants against float64. Then training steps, one process each, over the
@@ -45,13 +45,14 @@ from pathlib import Path
 from experiments.benchmarks.gpu_table import markdown, print_row
 
 CELLS = """
-vitb remat=dots batch=256; vits remat=dots batch=256; vitb remat=full batch=256;
-vits remat=none batch=256; vitb remat=full batch=1024 groups=4 accum=4;
-vitb remat=dots unroll=12 batch=256; vitb remat=dots batch=256 profile;
-vits remat=dots batch=256 pipeline data.workers=8;
-vits remat=dots batch=256 pipeline data.workers=8 data.render=device
+vitb remat=matmuls batch=256; vitb remat=norms batch=256;
+vits remat=matmuls batch=256; vitb remat=matmuls unroll=12 batch=256;
+vitb remat=matmuls attention=xla batch=256; vits remat=none batch=256;
+vitb remat=norms batch=1024 groups=4 accum=4; vitb remat=matmuls batch=256 profile;
+vits remat=matmuls batch=256 pipeline data.workers=8;
+vits remat=matmuls batch=256 pipeline data.workers=8 data.render=device
 """
-REPEAT = "vits remat=dots batch=64 repeat"
+REPEAT = "vits remat=matmuls batch=64 repeat"
 PARTS = ("golden", "attention", "steps", "repeat", "extraction")
 PEERS = ("torch-reference", "lightly-train")
 PEER_CELLS = "vitb batch=256; vits batch=256; vitb batch=128"

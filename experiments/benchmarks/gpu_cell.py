@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.gpu_cell SPEC OUT
 
-SPEC is JSON: {'cell': 'vitb remat=dots batch=256', 'gpus': 0, 'lock': PATH, ..}; OUT is
+SPEC is JSON: {"cell": "vitb remat=norms", "gpus": 0, "lock": PATH, ..}; OUT is
 written as JSON. The batch is random, made once on the host: uint8 noise (zeros run
 faster than real data) and masks as the pipeline draws them.
 """
@@ -57,7 +57,7 @@ SWITCHES = ("profile", "pipeline", "repeat")
 
 
 def parse_cell(cell: str) -> tuple[str, dict]:
-    """'vitb remat=dots batch=256' -> ('vitb', {'remat': 'dots', 'batch': 256}).
+    """'vitb remat=norms batch=256' -> ('vitb', {'remat': 'norms', 'batch': 256}).
 
     A bare word besides the model is a switch. Raises ValueError for an unknown word.
     """
