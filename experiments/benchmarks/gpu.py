@@ -1,13 +1,23 @@
 """Right and fast on this machine's GPUs? One command, under ten minutes.
 
-    python -m experiments.benchmarks.gpu [--cells='vitb remat=dots batch=256; vits ..']
+    python -m experiments.benchmarks.gpu [--cells='vitb remat=norms batch=256; vits ..']
 
 Correctness first: the golden train step of the tests in float32 and bfloat16 and the
 attention variants against float64. Then training steps, one process each, over the
 cells: a model (vitb, vits) and what differs from its config, by the short names remat,
 attention, unroll, dtype, drop_path, batch and groups (both per GPU), accum, or any key
-in full (loss.chunk_rows=512). The word 'profile' adds the kernels by time, with CUDA
-graphs off, so that every kernel carries its instruction's name.
+in full (loss.chunk_rows=512). A bare word does more: 'profile' lists the kernels by
+time, with CUDA graphs off, so that every kernel carries its instruction's name;
+'pipeline' also trains from a prepared cache of phantoms, with the share of time spent
+waiting for it; 'repeat' runs three steps twice and compares every bit of the state.
+
+The part 'repeat' starts one cell three times: with a fresh compilation cache, with the
+cache the first one left, with a fresh cache again. It gives the compile times, cold and
+warm, and says whether processes agree to the last bit.
+
+--peer=torch-reference times torch_step.py's statement of DINOv2's step under bfloat16
+autocast on the same noise, --peer=lightly-train lightly-train's own step, each in a
+Python that has it.
 
 Results are kept after every row (--json, and a table beside it as .md); what fails is a
 row with the first line of its error. A second call runs what is missing or failed,
@@ -35,11 +45,17 @@ from pathlib import Path
 from experiments.benchmarks.gpu_table import markdown, print_row
 
 CELLS = """
-vitb remat=dots batch=256; vits remat=dots batch=256; vitb remat=full batch=256;
-vits remat=none batch=256; vitb remat=full batch=1024 groups=4 accum=4;
-vitb remat=dots unroll=12 batch=256; vitb remat=dots batch=256 profile
+vitb remat=matmuls batch=256; vitb remat=norms batch=256;
+vits remat=matmuls batch=256; vitb remat=matmuls unroll=12 batch=256;
+vitb remat=matmuls attention=xla batch=256; vits remat=none batch=256;
+vitb remat=norms batch=1024 groups=4 accum=4; vitb remat=matmuls batch=256 profile;
+vits remat=matmuls batch=256 pipeline data.workers=8;
+vits remat=matmuls batch=256 pipeline data.workers=8 data.render=device
 """
-PARTS = ("golden", "attention", "steps")
+REPEAT = "vits remat=matmuls batch=64 repeat"
+PARTS = ("golden", "attention", "steps", "repeat", "extraction")
+PEERS = ("torch-reference", "lightly-train")
+PEER_CELLS = "vitb batch=256; vits batch=256; vitb batch=128"
 # Seconds without which a row is not begun.
 LEAST = 45
 
@@ -126,15 +142,12 @@ def process(module: str, spec: dict, environment: dict, seconds: float) -> dict:
         return row | {"wall_seconds": round(time.monotonic() - start, 1)}
 
 
-def environment_of(args, profile: bool = False) -> dict:
+def environment_of(cache: str, profile: bool = False) -> dict:
     """What a worker's environment has besides this one's."""
-    found = {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_COMPILATION_CACHE_DIR": str(Path(args.cache).expanduser()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
-    }
-    if not args.cache:
-        found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if cache:
+        found["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache).expanduser())
+        found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
     if profile:
         flags = os.environ.get("XLA_FLAGS", "")
         found["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
@@ -156,11 +169,34 @@ def run_cells(args, runs: Runs) -> None:
                 spec["hlo"] = str(
                     args.json.with_name(f"{args.json.stem}_{slug}.hlo.gz")
                 )
-            environment = environment_of(args, profile)
+            environment = environment_of(args.cache, profile)
             job = (f"step {cell}", "gpu_cell", spec, environment)
             waiting.append(pool.submit(runs.run, *job))
         for future in waiting:
             future.result()
+
+
+def run_repeat(args, runs: Runs) -> None:
+    """One cell in three processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, cache in (("cold", "a"), ("warm", "a"), ("cold again", "b")):
+            spec = {"cell": args.repeat_cell, "gpus": args.gpus}
+            environment = environment_of(f"{folder}/{cache}")
+            runs.run(f"repeat, {name}", "gpu_cell", spec, environment)
+
+
+def run_peers(args, runs: Runs) -> None:
+    """The PyTorch peers that were asked for."""
+    pythons = {
+        "torch-reference": args.torch_python,
+        "lightly-train": args.lightly_python,
+    }
+    for peer in args.peer:
+        for cell in cells_of(args.peer_cells, False):
+            spec = {"cell": cell, "peer": peer, "python": pythons[peer]}
+            spec["threads"] = os.cpu_count()
+            environment = {"JAX_PLATFORMS": "cpu"}
+            runs.run(f"peer {peer} {cell}", "gpu_peer", spec, environment)
 
 
 def main() -> None:
@@ -169,6 +205,7 @@ def main() -> None:
     default = Path("experiments/results/gpu.json")
     parser.add_argument("--json", type=Path, default=default, help="written to")
     parser.add_argument("--cells", default=CELLS, help="training steps, ';' between")
+    parser.add_argument("--repeat_cell", default=REPEAT, help="of the part 'repeat'")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it")
     parser.add_argument("--row_minutes", type=float, default=4.0, help="for a row")
@@ -179,15 +216,22 @@ def main() -> None:
     parser.add_argument(
         "--cache", default="~/.cache/ultradino_jax/xla", help="of programs; '' for none"
     )
+    parser.add_argument("--peer", action="append", choices=PEERS, default=[])
+    parser.add_argument("--peer_cells", default=PEER_CELLS, help="one group each")
+    parser.add_argument("--torch_python", default=sys.executable, help="with torch")
+    parser.add_argument("--lightly_python", default=sys.executable)
     parser.add_argument("--tiny", action="store_true", help="shapes of the tests")
     args = parser.parse_args()
     runs = Runs(args.json, args.minutes, args.row_minutes, args.again)
     for part in args.parts:
         if part == "steps":
             run_cells(args, runs)
+        elif part == "repeat":
+            run_repeat(args, runs)
         else:
             spec = {"check": part, "tiny": args.tiny}
-            runs.run(part, "gpu_checks", spec, environment_of(args))
+            runs.run(part, "gpu_checks", spec, environment_of(args.cache))
+    run_peers(args, runs)
     print(f"kept in {args.json} and {args.json.with_suffix('.md')}")
 
 

@@ -2,33 +2,40 @@
 
     python -m experiments.benchmarks.gpu_cell SPEC OUT
 
-SPEC is JSON: {'cell': 'vitb remat=dots batch=256', 'gpus': 0, 'lock': PATH, ..}; OUT is
+SPEC is JSON: {"cell": "vitb remat=norms", "gpus": 0, "lock": PATH, ..}; OUT is
 written as JSON. The batch is random, made once on the host: uint8 noise (zeros run
 faster than real data) and masks as the pipeline draws them.
 """
 
 import contextlib
-import fcntl
-import gzip
+import dataclasses
 import json
 import random
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 
 from configs import pretrain_smoke, pretrain_vitb, pretrain_vits
 from experiments.benchmarks.ahead import abstract_batch
-from experiments.benchmarks.gpu_profile import kernel_table
+from experiments.benchmarks.gpu_steps import (
+    FED,
+    fed,
+    on_devices,
+    profiled,
+    repeated,
+    small_cache,
+    timed,
+)
+from experiments.benchmarks.gpu_worker import alone, kept, work
 from ultradino_jax.data.crops import NUM_GLOBAL
 from ultradino_jax.data.masking import sample_masks
 from ultradino_jax.pretraining.step import init_state
-from ultradino_jax.run.meter import peak_flops
+from ultradino_jax.run.feed import pipeline
+from ultradino_jax.run.meter import Meter, peak_flops
 from ultradino_jax.run.plan import Plan, make_plan
 from ultradino_jax.run.program import compiled_step
 from ultradino_jax.sharding import batch_sharding, make_mesh, state_shardings
@@ -46,14 +53,13 @@ SHORT = {
     "drop_path": "model.drop_path",
     "accum": "accum_steps",
 }
-# Steps: to warm up, to time at least and at most, and seconds to time for.
-WARMUP, LEAST, MOST, SECONDS = 2, 5, 20, 4.0
+SWITCHES = ("profile", "pipeline", "repeat")
 
 
 def parse_cell(cell: str) -> tuple[str, dict]:
-    """'vitb remat=dots batch=256' -> ('vitb', {'remat': 'dots', 'batch': 256}).
+    """'vitb remat=norms batch=256' -> ('vitb', {'remat': 'norms', 'batch': 256}).
 
-    A bare word besides the model is a switch. Raises ValueError for an unknown model.
+    A bare word besides the model is a switch. Raises ValueError for an unknown word.
     """
     model, *words = cell.split()
     if model not in MODELS:
@@ -61,6 +67,8 @@ def parse_cell(cell: str) -> tuple[str, dict]:
     options = {}
     for word in words:
         key, equals, value = word.partition("=")
+        if not equals and key not in SWITCHES:
+            raise ValueError(f"{key!r} in a cell is none of {', '.join(SWITCHES)}")
         options[key] = value if equals else True
         with contextlib.suppress(json.JSONDecodeError):
             options[key] = json.loads(value) if equals else True
@@ -73,7 +81,7 @@ def cell_config(model: str, options: dict, devices: int):
     Raises KeyError for a key the config has not.
     """
     config = MODELS[model]().lock()  # no new keys
-    rest = {k: v for k, v in options.items() if k != "profile"}
+    rest = {k: v for k, v in options.items() if k not in SWITCHES}
     config.batch_size = rest.pop("batch", 256) * devices
     config.groups = rest.pop("groups", 1) * devices
     config.update_from_flattened_dict({SHORT.get(k, k): v for k, v in rest.items()})
@@ -114,38 +122,14 @@ def mesh_of(gpus: int):
     return make_mesh(devices=jax.devices()[: gpus or None])
 
 
-def fresh_state(plan: Plan, mesh):
-    """The train state of step 0, made by one program."""
+def initialiser(plan: Plan, mesh):
+    """The jitted program that makes the train state of step 0."""
 
     def init():
         key = jax.random.key(plan.feed.seed)
         return init_state(plan.modules, plan.optimizer, key, plan.channels)
 
-    shardings = state_shardings(jax.eval_shape(init), mesh)
-    return jax.jit(init, out_shardings=shardings)()
-
-
-def about_device() -> dict:
-    """What ran."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": getattr(device.client, "platform_version", "").replace("\n", " "),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-@contextlib.contextmanager
-def holding(path: str | None, how: int):
-    """A lock on a file: cells compile side by side (shared) but are timed alone."""
-    if not path:
-        yield
-        return
-    with open(path, "a") as file:
-        fcntl.flock(file, how)
-        yield
+    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), mesh))
 
 
 def memory_gb(compiled) -> dict:
@@ -159,97 +143,64 @@ def memory_gb(compiled) -> dict:
     return {name: round(value, 3) for name, value in row.items()}
 
 
-def timed(compiled, state, batch) -> tuple[dict, object]:
-    """(figures, the last state): steps waited for one by one, then without waiting."""
-    start = time.perf_counter()
-    seconds = []
-    for i in range(WARMUP + MOST):
-        if i == WARMUP:
-            start = time.perf_counter()
-        before = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready((state, metrics))
-        if i >= WARMUP:
-            seconds.append(time.perf_counter() - before)
-        if len(seconds) >= LEAST and time.perf_counter() - start > SECONDS:
-            break
-    start = time.perf_counter()
-    for _ in range(LEAST):
-        state, metrics = compiled(state, batch)
-    jax.block_until_ready((state, metrics))
-    flowing = (time.perf_counter() - start) / LEAST
-    losses = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
-    terms = ("total", "dino_local", "dino_global", "koleo", "ibot")
-    return {
-        "steps": len(seconds),
-        "ms": 1e3 * statistics.median(seconds),
-        "ms_min": 1e3 * min(seconds),
-        "ms_max": 1e3 * max(seconds),
-        "ms_without_waiting": 1e3 * flowing,
-        "losses": {k: losses[k] for k in terms if k in losses},
-        "finite": bool(np.isfinite([losses[k] for k in terms if k in losses]).all()),
-    }, state
-
-
-def profiled(compiled, state, batch, hlo: Path | None, steps: int = 3) -> dict:
-    """Kernels of `steps` steps by total time; the program's text goes to `hlo`."""
-    text = compiled.as_text() or ""
-    if hlo:
-        hlo.write_bytes(gzip.compress(text.encode()))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(steps):
-                state, _ = compiled(state, batch)
-            jax.block_until_ready(state)
-        return kernel_table(Path(folder), text, steps)
-
-
 def measure(spec: dict) -> dict:
     """The row of a cell."""
     model, options = parse_cell(spec["cell"])
     mesh = mesh_of(spec.get("gpus", 0))
     config = cell_config(model, options, mesh.size)
     plan = make_plan(config, mesh.size)
-    lock, marks = spec.get("lock"), [time.perf_counter()]
-    with holding(lock, fcntl.LOCK_SH):
-        state = jax.block_until_ready(fresh_state(plan, mesh))
-        batch = jax.device_put(random_batch(plan), batch_sharding(mesh))
+    with contextlib.ExitStack() as stack:
+        stream = None
+        if options.get("pipeline"):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            size = tuple(config.data.phantom_size) if model == "smoke" else (256, 341)
+            source = small_cache(Path(folder), 256, size)
+            plan = dataclasses.replace(plan, source=source)
+            stream = pipeline(plan, 0, FED + 1)
+            stack.callback(stream.close)
+        return measure_plan(spec, options, plan, mesh, stream)
+
+
+def measure_plan(spec: dict, options: dict, plan: Plan, mesh, stream) -> dict:
+    """The row of a plan, its batches from the stream if there is one."""
+    lock, marks, sharding = (
+        spec.get("lock"),
+        [time.perf_counter()],
+        batch_sharding(mesh),
+    )
+    size, num_devices = plan.feed.batch_size, mesh.size
+    with alone(lock, False):
+        init = initialiser(plan, mesh)
+        state = jax.block_until_ready(init())
+        arrays = next(stream) if stream else random_batch(plan)
+        batch = on_devices(arrays, sharding)
         marks.append(time.perf_counter())
         lowered = compiled_step(plan, mesh, state).lower(state, batch)
         marks.append(time.perf_counter())
-        compiled = lowered.compile()
+        step = lowered.compile()
         marks.append(time.perf_counter())
     names = ("init_seconds", "trace_seconds", "compile_seconds")
     row = dict(zip(names, np.diff(marks).round(2).tolist(), strict=True))
-    row["predicted_gb"] = memory_gb(compiled)
-    with holding(lock, fcntl.LOCK_EX):
-        figures, state = timed(compiled, state, batch)
+    row["predicted_gb"] = memory_gb(step)
+    with alone(lock):
+        if stream:
+            meter = Meter(plan.flops_per_step, size, plan.dtype)
+            row["fed"] = fed(stream, sharding, step, state, meter)
+            state = init()
+        figures, state = timed(step, state, batch)
         row |= figures
+        memory = jax.devices()[0].memory_stats() or {}
+        row["peak_gb"] = memory.get("peak_bytes_in_use", 0) / 1e9 or None
         if options.get("profile"):
-            hlo = spec.get("hlo")
-            found = profiled(compiled, state, batch, Path(hlo) if hlo else None)
-            row["profile"] = found
+            row["profile"] = kept(profiled, step, state, batch, spec.get("hlo"))
+        if options.get("repeat"):
+            del state
+            row["repeat"] = kept(repeated, init, step, batch)
     seconds, peak = row["ms"] / 1e3, peak_flops(jax.devices()[0])
-    row["images_per_second"] = config.batch_size / seconds
+    row["images_per_second"] = size / seconds
     row["tflop"] = plan.flops_per_step / 1e12
-    row["mfu"] = plan.flops_per_step / seconds / (peak * mesh.size) if peak else None
-    memory = jax.devices()[0].memory_stats() or {}
-    row["peak_gb"] = memory.get("peak_bytes_in_use", 0) / 1e9 or None
+    row["mfu"] = plan.flops_per_step / seconds / (peak * num_devices) if peak else None
     return row
-
-
-def work(measure, argv) -> None:
-    """The main function of a worker: measure(spec) to OUT; an error is a row too."""
-    spec, out = json.loads(argv[1]), Path(argv[2])
-    row = about_device()
-    try:
-        row |= measure(spec)
-    except Exception as error:  # whatever it is, it is this row's and the rest goes on
-        lines = str(error).strip().splitlines() or [""]
-        row["error"] = f"{type(error).__name__}: {lines[0]}"[:300]
-        out.write_text(json.dumps(row))
-        raise
-    out.write_text(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.gpu_checks SPEC OUT
 
-SPEC is JSON: {'check': 'golden' | 'attention', 'tiny': false}. Part of gpu.py.
+SPEC is JSON: {'check': a key of CHECKS, 'tiny': false}. Part of gpu.py. Feature
+extraction is timed here, too.
 """
 
 import functools
@@ -14,10 +15,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from experiments.benchmarks.gpu_cell import work
+from experiments.benchmarks.extract import random_backbone
+from experiments.benchmarks.gpu_worker import kept, work
 from tests import golden_step
 from tests.golden_step import GOLDEN, MODULES, first_gradient
 from tests.sizes import below
+from ultradino_jax.evaluators.features import extract_features
+from ultradino_jax.models.attention import packed_attention
+from ultradino_jax.models.packing import Layout, unpack
+from ultradino_jax.models.triton_attention import triton_attention
 from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.tree import flat_names
 
@@ -28,8 +34,11 @@ TERMS = {  # the reference displays half of the last two
     "ibot": ("ibot_loss", 2),
     "total": ("total", 1),
 }
-# Tokens of the crops of 224 and 96 pixels with 4 registers: images of a ViT-B's step.
-TOKENS = {201: 512, 41: 2048}
+# Tokens of the crops of 224 and 96 pixels with 4 registers.
+TOKENS = (201, 41)
+HEAD_DIM = 64
+# A ViT-B's block at 256 images, drop path 0.3.
+VITB = (Layout(1, ((358, 201), (1433, 41))), 12)
 
 
 def relative(value, reference) -> float:
@@ -69,13 +78,9 @@ def golden(spec: dict) -> dict:
     del spec
     g = dict(GOLDEN)
     half = {"dtype": jnp.bfloat16}
-    cases = {
-        "float32, highest precision": ({}, "highest"),
-        "bfloat16": (half, None),
-    }
-    if hasattr(MODULES.backbone, "attention"):
-        for name in ("xla", "cudnn", "triton"):
-            cases[f"bfloat16, {name}"] = ({**half, "attention": name}, None)
+    cases = {"float32, highest precision": ({}, "highest")}
+    for name in VARIANTS:
+        cases[f"bfloat16, {name}"] = ({**half, "attention": name}, None)
     rows = {}
     for name, (changes, precision) in cases.items():
         head = {k: v for k, v in changes.items() if k == "dtype"}
@@ -86,42 +91,21 @@ def golden(spec: dict) -> dict:
     return {"rows": rows}
 
 
-def kept(function, *arguments) -> dict:
-    """The function's row, or one with the error's first line."""
-    try:
-        return function(*arguments)
-    except Exception as error:  # a missing cuDNN, say; the other rows go on
-        lines = str(error).strip().splitlines() or [""]
-        return {"error": f"{type(error).__name__}: {lines[0]}"[:300]}
+def packed(name: str):
+    """packed_attention by that implementation, as f(qkv, layout, heads)."""
+    return functools.partial(packed_attention, implementation=name, bias=None)
 
 
-def xla(q, k, v):
-    """[B,T,A,E] -> [B,T,A,E]."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
-
-
-def cudnn(q, k, v):
-    """[B,T,A,E] -> [B,T,A,E]; padded to 8s: the gradient wants an even T."""
-    b, t = q.shape[:2]
-    padding = ((0, 0), (0, -t % 8), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-    lengths = jnp.full((b,), t, jnp.int32)
-    y = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn",
-    )
-    return y[:, :t]
-
-
-VARIANTS = {"xla": xla, "cudnn": cudnn}
+# f(qkv [W,R,3D], layout, heads) -> [W,R,D].
+VARIANTS = {
+    "xla": packed("xla"),
+    "cudnn": packed("cudnn"),
+    "triton": triton_attention,
+}
 
 
 def exact_attention(q, k, v, cotangent):
-    """(output, gradients of q, k and v) in float64 by numpy."""
+    """(output, gradients of q, k and v) of [B,T,A,E] in float64 by numpy."""
     q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
     scale = q.shape[-1] ** -0.5
     logits = np.einsum("btae,bsae->bats", q, k) * scale
@@ -137,56 +121,101 @@ def exact_attention(q, k, v, cotangent):
     )
 
 
-def random_heads(batch: int, tokens: int, heads: int) -> list:
-    """q, k, v and a cotangent, bfloat16 [B,T,A,64] of the unit normal distribution."""
-    rng = np.random.default_rng(tokens)
-    shape = (batch, tokens, heads, 64)
-    return [
-        rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
-        for _ in range(4)
-    ]
+def random_rows(layout: Layout, heads: int):
+    """(qkv, cotangent of the output), bfloat16 rows of unit normal numbers."""
+    rng = np.random.default_rng(layout.rows)
+    parts = []
+    for columns in (3 * HEAD_DIM * heads, HEAD_DIM * heads):
+        shape = (layout.groups, layout.rows, columns)
+        rows = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        rows[:, layout.used :] = 0
+        parts.append(rows)
+    return parts
 
 
-def attention_row(function, tokens: int, batch: int, heads: int) -> dict:
-    """Errors against float64, and milliseconds forward and backward."""
+def forward_and_backward(function, layout: Layout, heads: int):
+    """Jitted (qkv, cotangent) -> (output, gradient of qkv)."""
 
-    @functools.partial(jax.jit)
-    def both(q, k, v, cotangent):
-        y, pull = jax.vjp(function, q, k, v)
-        return (y, *pull(cotangent))
+    def both(qkv, cotangent):
+        y, pull = jax.vjp(lambda x: function(x, layout, heads), qkv)
+        return y, pull(cotangent)[0]
 
-    few = random_heads(4, tokens, 2)
+    return jax.jit(both)
+
+
+def attention_errors(function, tokens: int) -> dict:
+    """Relative errors against float64, 4 sequences of 2 heads."""
+    layout, heads = Layout(1, ((4, tokens),)), 2
+    qkv, cotangent = random_rows(layout, heads)
+    out, gradient = forward_and_backward(function, layout, heads)(qkv, cotangent)
+
+    def heads_of(rows, parts):
+        [x] = unpack(np.asarray(rows), layout)
+        shape = (4, tokens, parts, heads, HEAD_DIM)
+        return np.moveaxis(x.reshape(shape), 2, 0)
+
+    exact = exact_attention(*heads_of(qkv, 3), *heads_of(cotangent, 1))
+    ours = (*heads_of(out, 1), *heads_of(gradient, 3))
     names = ("output", "dq", "dk", "dv")
-    row = {
-        name: relative(ours, exact)
-        for name, ours, exact in zip(
-            names, both(*few), exact_attention(*few), strict=True
-        )
-    }
-    many = jax.device_put(random_heads(batch, tokens, heads))
-    jax.block_until_ready(both(*many))
+    return {n: relative(*pair) for n, *pair in zip(names, ours, exact, strict=True)}
+
+
+def attention_time(function, layout: Layout, heads: int) -> dict:
+    """Milliseconds forward and backward."""
+    both = forward_and_backward(function, layout, heads)
+    rows = jax.device_put(random_rows(layout, heads))
+    jax.block_until_ready(both(*rows))
     start, repeats = time.perf_counter(), 20
     for _ in range(repeats):
-        result = both(*many)
+        result = both(*rows)
     jax.block_until_ready(result)
-    return row | {"ms": 1e3 * (time.perf_counter() - start) / repeats}
+    return {"ms": 1e3 * (time.perf_counter() - start) / repeats}
 
 
 def attention(spec: dict) -> dict:
-    """Every variant at both numbers of tokens."""
+    """Every variant: errors at both lengths, and the time of a ViT-B's block."""
     rows = {}
-    for tokens, images in TOKENS.items():
-        batch, heads = (2, 2) if spec.get("tiny") else (images, 12)
-        for name, function in VARIANTS.items():
-            key = f"{name}, {tokens} tokens"
-            rows[key] = kept(attention_row, function, tokens, batch, heads)
-            rows[key]["shape"] = [batch, tokens, heads, 64]
+    layout, heads = (Layout(1, ((2, 9), (3, 5))), 2) if spec.get("tiny") else VITB
+    for name, function in VARIANTS.items():
+        for tokens in TOKENS:
+            rows[f"{name}, {tokens} tokens"] = kept(attention_errors, function, tokens)
+        views = " and ".join(f"{r} x {t}" for r, t in layout.views)
+        key = f"{name}, {views} tokens, {heads} heads"
+        rows[key] = kept(attention_time, function, layout, heads)
     return {"rows": rows}
+
+
+def extraction(spec: dict) -> dict:
+    """Images per second of extract_features, grey 512 x 384 in memory."""
+    count, batch = (8, 4) if spec.get("tiny") else (2048, 256)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 384, 512), dtype=np.uint8)
+    rows = {}
+    for variant in ("tiny",) if spec.get("tiny") else ("small", "base"):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            name = f"ViT-{variant}, {jnp.dtype(dtype).name}, batches of {batch}"
+            rows[name] = kept(extraction_row, variant, dtype, images, batch)
+    return {"rows": rows}
+
+
+def extraction_row(variant: str, dtype, images, batch: int) -> dict:
+    """Best of three passes after one that compiles."""
+    backbone = random_backbone(variant, dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        extract_features(backbone, images, batch_size=batch)
+        seconds.append(time.perf_counter() - start)
+    rates = [len(images) / s for s in seconds[1:]]
+    return {"img/s": round(max(rates), 1), "least": round(min(rates), 1)}
+
+
+CHECKS = {"golden": golden, "attention": attention, "extraction": extraction}
 
 
 def check(spec: dict) -> dict:
     """The check that was asked for."""
-    return {"golden": golden, "attention": attention}[spec["check"]](spec)
+    return CHECKS[spec["check"]](spec)
 
 
 if __name__ == "__main__":
