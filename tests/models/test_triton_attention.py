@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.hlo import collectives
+from ultradino_jax.models import packing
 from ultradino_jax.models import triton_attention as module
 from ultradino_jax.models.packing import Layout, pack, unpack
 from ultradino_jax.models.triton_attention import Tiles, triton_attention
@@ -113,6 +114,16 @@ def test_equals_closed_form_and_xla(layout, size, seed):
         np.testing.assert_allclose(got, true, **near)
         np.testing.assert_allclose(got, other, **near)
         assert not np.any(got[:, layout.used :])
+
+
+def test_all_padding_is_cleared_where_there_is_much(monkeypatch):
+    """The interpreter fills what nobody wrote with NaN, a GPU with what was there."""
+    monkeypatch.setattr(packing, "padded_rows", lambda used: -(-used // 128) * 128)
+    layout = Layout(2, ((1, 9), (1, 5)))
+    assert layout.rows - layout.used > 100
+    qkv, dout = arrays_of(layout)
+    for made in both(kernel_of(layout), qkv, dout):
+        assert not np.any(made[:, layout.used :])
 
 
 def test_rows_beyond_a_sequence_never_overflow():

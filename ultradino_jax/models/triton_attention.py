@@ -111,8 +111,8 @@ class _Head(NamedTuple):
         plgpu.store(at, value.astype(ref.dtype), mask=self._mask(rows, part))
 
     def clear(self, ref, part: int | None):
-        """Zeros in all rows, at most `SMALLEST`."""
-        rows = self.rows(0, SMALLEST)
+        """Zeros in all rows."""
+        rows = self.rows(0, max(SMALLEST, pl.next_power_of_2(self.tokens)))
         shape = (rows.size,) if part is None else (rows.size, self.width)
         self.store(ref, rows, jnp.zeros(shape), part)
 
