@@ -163,7 +163,9 @@ class _Reader:
 
     def fused(self, x: Instruction) -> list[Instruction]:
         """What a fusion computes, in order."""
-        return list(self.program.computations.get((x.called or [""])[0], {}).values())
+        if x.op != "fusion":
+            return []
+        return list(self.program.computations.get(x.called[0], {}).values())
 
     def operations(self, x: Instruction, found: collections.Counter) -> None:
         """Adds the operations of an instruction to those found."""
@@ -265,7 +267,7 @@ class _Reader:
         """What a kernel is called that does less than an operation on 20 elements."""
         if x.op == "custom-call" or (x.op != "fusion" and x.op not in MOVES):
             return ""
-        inner = self.fused(x) if x.op == "fusion" else [x]
+        inner = self.fused(x) or [x]
         inner = [i for i in inner if i.op not in FREE - {"bitcast"}] or inner
         sizes = [_size(i.shape) for i in inner]
         if sum(operations.values()) > max(sizes, default=0) / 20:
@@ -275,16 +277,31 @@ class _Reader:
         found = {i.op for i in inner if _size(i.shape) > max(sizes) / 20}
         return next((name for op, name in MOVEMENTS.items() if op in found), "copy")
 
-    def source(self, x: Instruction, depth: int = 4) -> str:
-        """An instruction's source; if it has none, of what it fuses or of operands."""
-        if "/" in x.source or depth == 0:  # the compiler's own are 'reshape.2'
-            return x.source
-        inner = (
-            [i for i in self.fused(x) if "/" in i.source] if x.op == "fusion" else []
-        )
-        if inner:
-            return max(inner, key=lambda i: _size(i.shape)).source
-        near = self.program.operands(x)
-        near += [u for u, _ in self.program.users.get((x.computation, x.name), [])]
-        names = (self.source(n, depth - 1) for n in near if n and n.op != "parameter")
-        return next(filter(None, names), "")
+    def source(self, x: Instruction) -> str:
+        """Where an instruction comes from; if that is unsaid, its nearest neighbour.
+
+        Neighbours are what it reads and what it feeds, up to four steps away.
+        """
+        near, seen = [x], {x}
+        for _ in range(5):
+            if name := next(filter(None, map(self.said, near)), ""):
+                return name
+            around = []
+            for n in near:
+                users = self.program.users.get((n.computation, n.name), [])
+                around += [user for user, _ in users]
+                if n.op != "tuple":  # what shares a tuple with it is no neighbour
+                    around += filter(None, self.program.operands(n))
+            near = list(dict.fromkeys(n for n in around if n not in seen))
+            seen.update(near)
+        return ""
+
+    def said(self, x: Instruction) -> str:
+        """The source of an instruction or of the largest that it fuses.
+
+        The compiler's own names, 'reshape.2' and such, say nothing, nor do arguments'.
+        """
+        inner = [i for i in self.fused(x) if "/" in i.source]
+        if "/" in x.source or not inner:
+            return x.source if "/" in x.source else ""
+        return max(inner, key=lambda i: _size(i.shape)).source

@@ -141,9 +141,10 @@ def print_row(name: str, row: dict) -> None:
     )
     print(f"    {'ms':34}{'here':>8}{'share':>8}{'moving':>8}{'PyTorch':>9}")
     for part in dict.fromkeys([*row["parts"], *torch["parts"]]):
-        ours, theirs = row["parts"].get(part, 0), torch["parts"].get(part, 0)
-        share, moving = 100 * ours / row["ms"], row["moving"].get(part, 0)
-        print(f"    {part:34}{ours:8.1f}{share:7.1f}%{moving:8.1f}{theirs:9.1f}")
+        ours, moving = row["parts"].get(part, 0), row["moving"].get(part, 0)
+        theirs = f"{torch['parts'][part]:9.1f}" if part in torch["parts"] else ""
+        share = 100 * ours / row["ms"]
+        print(f"    {part:34}{ours:8.1f}{share:7.1f}%{moving:8.1f}{theirs}")
     moved = ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["movement"].items())
     print(
         f"    moving data alone {sum(row['movement'].values()):.1f} ms: {moved}\n"
