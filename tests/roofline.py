@@ -188,7 +188,9 @@ class _Reader:
             found["f32"] += _size(operands[0].shape) if operands[0] else 0
         elif x.op == "scatter":
             found["f32"] += _size(operands[-1].shape) if operands[-1] else 0
-        elif x.op not in MOVES and not x.op.startswith(("all-", "reduce-scatter")):
+        elif x.op not in MOVES and not x.op.startswith(
+            ("all-", "reduce-", "collective-")
+        ):
             found["f32"] += _size(x.shape)
 
     def share(self, x: Instruction, position: int) -> float:

@@ -86,6 +86,7 @@ def predict(text: str, gpus: int) -> tuple[dict, list[Kernel]]:
         "ms": 1e3 * sum(k.seconds for k in found),
         "launches": sum(k.times for k in found),
         "unknown_loops": sum(not k.known for k in found),
+        "silent": sum(k.operations == {"triton": 0} for k in found),
         "gb_moved": sum(k.times * k.bytes for k in found) / 1e9,
         "tflop": dict(work),
         "parts": dict(sorted(parts.items(), key=lambda x: -x[1])),
@@ -155,6 +156,10 @@ def print_row(name: str, row: dict) -> None:
     )
     if row["unknown_loops"]:
         print(f"    {row['unknown_loops']} kernels in loops of unknown length: once")
+    if row["silent"]:
+        print(
+            f"    {row['silent']} Triton kernels without metadata 'flops': bytes alone"
+        )
 
 
 def as_json(result: dict) -> str:
