@@ -143,7 +143,7 @@ class _Reader:
             sent = collective(x, 1, in_loop, num_devices)
             if sent and sent.devices == 1:
                 continue
-            operations = collections.Counter[str]()
+            operations = collections.defaultdict(float)
             self.operations(x, operations)
             found.append(
                 Kernel(
@@ -167,12 +167,15 @@ class _Reader:
             return []
         return list(self.program.computations.get(x.called[0], {}).values())
 
-    def operations(self, x: Instruction, found: collections.Counter) -> None:
+    def operations(self, x: Instruction, found: dict[str, float]) -> None:
         """Adds the operations of an instruction to those found."""
         operands = self.program.operands(x)
         if x.op == "fusion":
             for inner in self.fused(x):
-                self.operations(inner, found)
+                work = collections.defaultdict(float)
+                self.operations(inner, work)
+                for unit, operations in work.items():
+                    found[unit] += operations * self.wanted(inner)
         elif x.op == "dot" or "cublas" in x.target or "matmul" in x.target:
             found[_unit(operands, x.attributes)] += _product(x, operands)
         elif x.op == "convolution" or "$conv" in x.target:
@@ -271,12 +274,13 @@ class _Reader:
             return ""
         inner = self.fused(x) or [x]
         inner = [i for i in inner if i.op not in FREE - {"bitcast"}] or inner
-        sizes = [_size(i.shape) for i in inner]
+        sizes = [_size(i.shape) * self.wanted(i) for i in inner]
         if sum(operations.values()) > max(sizes, default=0) / 20:
             return ""
         if self.read(x) < 0.01 * self.written(x):
             return "fill"
-        found = {i.op for i in inner if _size(i.shape) > max(sizes) / 20}
+        large = max(sizes) / 20
+        found = {i.op for i, size in zip(inner, sizes, strict=True) if size > large}
         return next((name for op, name in MOVEMENTS.items() if op in found), "copy")
 
     def source(self, x: Instruction) -> str:

@@ -89,6 +89,13 @@ GPU = r"""HloModule step, is_scheduled=true
   ROOT %u = bf16[4,1664,1152]{2,1,0} dynamic-update-slice(%p.1, %b, %p.2, %p.2, %p.2)
 }
 
+%fused_part (a: f32[1000,8], b: f32[1000,8]) -> f32[10,8] {
+  %a = f32[1000,8]{1,0} parameter(0)
+  %b = f32[1000,8]{1,0} parameter(1)
+  %sum = f32[1000,8]{1,0} add(%a, %b)
+  ROOT %part = f32[10,8]{1,0} slice(%sum), slice={[5:15], [0:8]}
+}
+
 %body (s: (s32[], bf16[1664,384])) -> (s32[], bf16[1664,384]) {
   %s = (s32[], bf16[1664,384]{1,0}) parameter(0)
   %x = bf16[1664,384]{1,0} get-tuple-element(%s), index=1
@@ -120,6 +127,8 @@ ENTRY %main (q: bf16[8,208,6,64], k: bf16[8,104,6,64]) -> bf16[8,208,6,64] {
   %image = f32[2,17,17,8]{3,2,1,0} constant({...})
   %kernel = f32[3,3,8,16]{3,2,1,0} constant({...})
   %stack = bf16[4,1664,1152]{2,1,0} fusion(%r, %t, %i), kind=kLoop, calls=%fused_pad
+  %long = f32[1000,8]{1,0} parameter(7)
+  %part = f32[10,8]{1,0} fusion(%long, %long), kind=kLoop, calls=%fused_part
   %start = (f32[1000]{0}, f32[24]{0}) all-reduce-start(%g, %h), replica_groups=[1,2]<=[2], to_apply=%add
   %done = (f32[1000]{0}, f32[24]{0}) all-reduce-done(%start)
   %copied = (bf16[8,208,6,64]{3,2,1,0}, bf16[8,208,6,64]{3,2,1,0}, u32[]) copy-start(%q)
@@ -132,7 +141,9 @@ def test_what_a_gpu_compiler_prints():
     found = {k.name: k for k in kernels(GPU, 2)}
     assert {name: k.times for name, k in found.items()} == dict.fromkeys(
         ["lt", "batched"], 12
-    ) | dict.fromkeys(["fwd", "bwd", "tri", "conv", "stack", "start", "copied"], 1)
+    ) | dict.fromkeys(
+        ["fwd", "bwd", "tri", "conv", "stack", "part", "start", "copied"], 1
+    )
     q, k = 8 * 208 * 6 * 64, 8 * 104 * 6 * 64
     square = 8 * 6 * 208 * 104 * 64
     stack = 1664 * 1152 + 1664 * 1151
@@ -145,6 +156,7 @@ def test_what_a_gpu_compiler_prints():
         "tri": {"triton": 123456},
         "conv": {"tf32": 2 * (2 * 8 * 8 * 16) * (3 * 3 * 8)},
         "stack": {},
+        "part": {"f32": 10 * 8},
         "start": {},
         "copied": {},
     }
@@ -157,6 +169,7 @@ def test_what_a_gpu_compiler_prints():
         "tri": 2 * (q + 64 * 64),
         "conv": 4 * (2 * 17 * 17 * 8 + 3 * 3 * 8 * 16 + 2 * 8 * 8 * 16),
         "stack": 2 * stack + 4,
+        "part": 4 * 3 * 10 * 8,
         "copied": 2 * 2 * q,
     }
     assert {name for name, k in found.items() if k.movement} == {"stack", "copied"}
