@@ -10,6 +10,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from ultradino_jax.data.crops import NUM_GLOBAL
@@ -41,6 +42,8 @@ dnn_version_info { major: 9 minor: 14 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+CUDNN = 91400  # 9.14.0, as H100 says
+
 
 def prepare_environment(platform: str, num_cpu: int = 1) -> None:
     """Set what has to be set before jax starts its backend.
@@ -53,6 +56,8 @@ def prepare_environment(platform: str, num_cpu: int = 1) -> None:
     else:  # Triton's autotuner wants the card itself
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false"
+        # ... and fused attention the version of a cuDNN that need not be here.
+        fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN
 
 
 def devices_of(platform: str, count: int) -> list:
