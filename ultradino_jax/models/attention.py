@@ -6,6 +6,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from ultradino_jax.models.packing import Layout, pack, unpack
+from ultradino_jax.models.triton_attention import triton_attention
 
 # cuDNN's kernels need an even number of tokens to train; 8 fills a 16-byte load.
 CUDNN_MULTIPLE = 8
@@ -18,7 +19,7 @@ def dot_product_attention(q, k, v, bias, implementation: str):
     implementation: 'xla', or 'cudnn' (bfloat16 or float16 on CUDA, no bias; tokens are
     padded inside and masked).
     """
-    if implementation == "xla" or bias is not None:
+    if implementation != "cudnn" or bias is not None:
         return jax.nn.dot_product_attention(q, k, v, bias=bias)
     b, t = q.shape[:2]
     padding = -t % CUDNN_MULTIPLE
@@ -49,6 +50,8 @@ def packed_attention(qkv, layout: Layout, num_heads: int, implementation: str, b
 
     bias [A,T,T], added to the logits, or None.
     """
+    if implementation == "triton" and bias is None:
+        return triton_attention(qkv, layout, num_heads)
     added = None if bias is None else bias[None].astype(qkv.dtype)
     out = []
     for part in unpack(qkv, layout):
@@ -63,41 +66,46 @@ def packed_attention(qkv, layout: Layout, num_heads: int, implementation: str, b
 def choose(wanted: str, dtype, platform: str) -> tuple[str, str]:
     """(implementation, why) for config.model.attention and the device at hand.
 
-    wanted: 'auto' takes cuDNN's kernel where it can run, XLA's otherwise; 'cudnn' falls
-    back to XLA's where cuDNN is missing or too old. platform: 'cpu', 'gpu', ..
-    Raises ValueError for an unknown name, or a kernel that cannot run on this device or
-    in this dtype.
+    wanted: 'auto' takes the fastest that can run here: our Triton kernel, cuDNN's, or
+    XLA's. 'cudnn' and 'triton' fall back to the next where theirs cannot be compiled.
+    platform: 'cpu', 'gpu', ..
+    Raises ValueError for an unknown name, or a kernel that is not for this kind of
+    device or this dtype.
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
         names = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"model.attention {wanted!r} is none of {names}")
-    cuda, half = platform in ("gpu", "cuda"), dtype == jnp.bfloat16
-    if wanted in ("cudnn", "triton"):
-        if not cuda:
-            raise ValueError(f"model.attention={wanted!r} needs a CUDA GPU")
-        if not half:
-            raise ValueError(f"model.attention={wanted!r} needs model.dtype='bfloat16'")
-    if wanted == "auto" and not (cuda and half):
-        return "xla", "bfloat16 on a CUDA GPU would use cuDNN's"
-    if wanted in ("xla", "triton"):
-        return wanted, "as the config says"
-    if problem := _cudnn_problem():
-        return "xla", f"cuDNN's cannot be used: {problem}"
-    return "cudnn", "bfloat16 on a CUDA GPU"
+    if wanted == "xla":
+        return "xla", "as the config says"
+    fits = platform in ("gpu", "cuda") and dtype == jnp.bfloat16
+    if not fits and wanted == "auto":
+        return "xla", "others need bfloat16 on a CUDA GPU"
+    if not fits:
+        raise ValueError(
+            f"model.attention={wanted!r} needs model.dtype='bfloat16' and a CUDA GPU"
+        )
+    problems = []
+    for name in ("cudnn",) if wanted == "cudnn" else ("triton", "cudnn"):
+        problem = _problem(name)
+        if problem is None:
+            return name, "; ".join(problems) or "bfloat16 on a CUDA GPU"
+        problems.append(f"{name} cannot be used: {problem}")
+    return "xla", "; ".join(problems)
 
 
-def _cudnn_problem() -> str | None:
-    """Why cuDNN's attention cannot be trained with here, found by compiling a small
-    one."""
+def _problem(implementation: str) -> str | None:
+    """Why an attention cannot be trained with here, found by compiling a small one."""
+    layout = Layout(1, ((1, 9),))
 
-    def loss(q):
-        return dot_product_attention(q, q, q, None, "cudnn").astype(jnp.float32).sum()
+    def loss(qkv):
+        y = packed_attention(qkv, layout, 1, implementation, None)
+        return y.astype(jnp.float32).sum()
 
-    q = jax.ShapeDtypeStruct((1, CUDNN_MULTIPLE + 1, 1, 64), jnp.bfloat16)
+    qkv = jax.ShapeDtypeStruct((1, layout.rows, 3 * 64), jnp.bfloat16)
     try:
-        jax.jit(jax.grad(loss)).lower(q).compile()
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).splitlines()[0]
+        jax.jit(jax.grad(loss)).lower(qkv).compile()
+    except Exception as error:  # whatever a missing or other version of it raises
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ultradino_jax.models.attention import keeps, packed_attention, split_heads
-from ultradino_jax.models.ops import Dense, LayerNorm, gelu
+from ultradino_jax.models.ops import Dense, LayerNorm, gelu_product, product
 from ultradino_jax.models.packing import Layout, random_subset, unpack
 
 # What each setting of `remat` keeps for the backward pass, besides parameters.
@@ -33,13 +33,14 @@ class Attention(nn.Module):
         return None
 
     @nn.compact
-    def __call__(self, x, layout: Layout, gain=None):
-        """Packed [W,R,D] -> [W,R,D], times `gain` [D].
+    def __call__(self, x, layout: Layout, affine=None, gain=None):
+        """Packed [W,R,D] -> [W,R,D]; affine, gain: see `Dense.weights`.
 
         Sows softmax maps [B,A,T,T] of each view when asked to.
         """
         d = x.shape[-1]
-        qkv = checkpoint_name(Dense(3 * d, self.dtype, name="qkv")(x), "qkv")
+        qkv = Dense(3 * d, self.dtype, name="qkv")(x, affine)
+        qkv = checkpoint_name(qkv, "qkv")
         bias = self.logit_bias()
         if self.is_mutable_collection("intermediates"):
             for part in unpack(qkv, layout):
@@ -49,7 +50,7 @@ class Attention(nn.Module):
                 logits = logits if bias is None else logits + bias
                 self.sow("intermediates", "attention", nn.softmax(logits))
         y = packed_attention(qkv, layout, self.num_heads, self.implementation, bias)
-        return Dense(d, self.dtype, name="proj")(y, gain)
+        return Dense(d, self.dtype, name="proj")(y, gain=gain)
 
 
 class Mlp(nn.Module):
@@ -59,12 +60,14 @@ class Mlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, gain=None):
-        """[..,D] -> [..,D], times `gain` [D]."""
+    def __call__(self, x, affine=None, gain=None):
+        """[..,D] -> [..,D]; affine, gain: see `Dense.weights`."""
         d = x.shape[-1]
-        x = Dense(self.ratio * d, self.dtype, name="fc1")(x)
-        x = gelu(checkpoint_name(x, "fc1"))
-        return Dense(d, self.dtype, name="fc2")(x, gain)
+        kernel, bias = Dense(self.ratio * d, self.dtype, name="fc1").weights(d, affine)
+        x = checkpoint_name(product(x.astype(self.dtype), kernel), "fc1")
+        last = Dense(d, self.dtype, name="fc2")
+        kernel, last_bias = last.weights(self.ratio * d, gain=gain)
+        return gelu_product(x, bias, kernel) + last_bias.astype(self.dtype)
 
 
 class LayerScale(nn.Module):
@@ -115,11 +118,12 @@ class Block(nn.Module):
         scaled, d = self.layerscale is not None, x.shape[-1]
 
         def attention(y, layout):
-            return self.attn(self.norm1(y), layout, self.ls1(d) if scaled else None)
+            y, affine = self.norm1(y)
+            return self.attn(y, layout, affine, self.ls1(d) if scaled else None)
 
         def mlp(y, layout):
             del layout
-            return self.mlp(self.norm2(y), self.ls2(d) if scaled else None)
+            return self.mlp(*self.norm2(y), self.ls2(d) if scaled else None)
 
         for branch in (attention, mlp):
             x = self.residual(x, branch, rate)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ultradino_jax.models.ops import Dense, gelu
+from ultradino_jax.models.ops import Dense, gelu_product, product
 
 
 def _column_sums(x):
@@ -122,9 +122,12 @@ class DINOHead(nn.Module):
 
     def features(self, x):
         """Backbone tokens [..,D] -> unit vectors [..,E] in float32."""
-        for layer in self.mlp[:-1]:
-            x = gelu(layer(x))
-        x = self.mlp[-1](x).astype(jnp.float32)
+        x = x.astype(self.dtype)
+        for i, layer in enumerate(self.mlp):
+            kernel, next_bias = layer.weights(x.shape[-1])
+            x = gelu_product(x, bias, kernel) if i else product(x, kernel)
+            bias = next_bias
+        x = x.astype(jnp.float32) + bias
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
     def kernel(self):

@@ -17,27 +17,6 @@ trunc_normal = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
 
 
 @jax.custom_vjp
-def gelu(x):
-    """x Phi(x), exact, in float32 whatever x is; same shape and dtype.
-
-    By erf as torch has it; JAX's own goes through erfc, which costs XLA several times
-    as much. The backward pass keeps x alone and computes Phi(x) + x phi(x) from it.
-    """
-    z = x.astype(jnp.float32)
-    return (0.5 * z * (1 + jax.lax.erf(z * 2**-0.5))).astype(x.dtype)
-
-
-def _gelu_backward(x, cotangent):
-    z = x.astype(jnp.float32)
-    slope = 0.5 * (1 + jax.lax.erf(z * 2**-0.5))
-    slope = slope + z * jnp.exp(-0.5 * z * z) * (2 * np.pi) ** -0.5
-    return ((cotangent * slope).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-
-
-@jax.custom_vjp
 def product(x, kernel):
     """[..,D] times float32 [D,F] in x's dtype -> [..,F].
 
@@ -54,12 +33,51 @@ def _product_forward(x, kernel):
 
 def _product_backward(kept, g):
     x, kernel = kept
-    rows, g_rows = (a.reshape(-1, a.shape[-1]) for a in (x, g))
-    for_kernel = jnp.matmul(rows.T, g_rows, preferred_element_type=jnp.float32)
-    return jnp.matmul(g, kernel.T), for_kernel
+    return jnp.matmul(g, kernel.T), _over_rows(x, g)
+
+
+def _over_rows(x, g):
+    """Gradient of a kernel: [..,D], [..,F] -> float32 [D,F]."""
+    x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    return jnp.matmul(x.T, g, preferred_element_type=jnp.float32)
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def _gelu(x, bias):
+    """x + bias = z float32, and Phi(z). By erf, as torch has it; JAX's own goes through
+    erfc, which costs XLA several times as much."""
+    z = x.astype(jnp.float32) + bias
+    return z, 0.5 * (1 + jax.lax.erf(z * 2**-0.5))
+
+
+@jax.custom_vjp
+def gelu_product(x, bias, kernel):
+    """gelu(x + bias) times the kernel: [..,F], [F], [F,D] -> [..,D] in x's dtype.
+
+    gelu(z) = z Phi(z), exact, in float32 whatever the dtype. The backward pass keeps x
+    alone and makes gelu(z) and its slope Phi(z) + z phi(z) in one go.
+    """
+    return _gelu_product_forward(x, bias, kernel)[0]
+
+
+def _gelu_product_forward(x, bias, kernel):
+    kernel = kernel.astype(x.dtype)
+    z, phi = _gelu(x, bias)
+    return jnp.matmul((z * phi).astype(x.dtype), kernel), (x, bias, kernel)
+
+
+def _gelu_product_backward(kept, g):
+    x, bias, kernel = kept
+    z, phi = _gelu(x, bias)
+    slope = phi + z * jnp.exp(-0.5 * z * z) * (2 * np.pi) ** -0.5
+    for_z = jnp.matmul(g, kernel.T).astype(jnp.float32) * slope
+    for_bias = for_z.sum(tuple(range(x.ndim - 1)))
+    return for_z.astype(x.dtype), for_bias, _over_rows((z * phi).astype(x.dtype), g)
+
+
+gelu_product.defvjp(_gelu_product_forward, _gelu_product_backward)
 
 
 class Dense(nn.Module):
@@ -70,63 +88,71 @@ class Dense(nn.Module):
     kernel_init: Any = trunc_normal
     bias_init: Any = nn.initializers.zeros
 
-    @nn.compact
-    def __call__(self, x, gain=None):
-        """[..,D] -> [..,features].
-
-        gain [features]: the result is multiplied by it (LayerScale). It goes into the
-        weights, so that no array of the result's size is needed for its gradient.
-        """
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", self.bias_init, shape[1:])
-        if gain is not None:
-            kernel, bias = kernel * gain, bias * gain
+    def __call__(self, x, affine=None, gain=None):
+        """[..,D] -> [..,features]; `weights` says what the others are."""
+        kernel, bias = self.weights(x.shape[-1], affine, gain)
         return product(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
 
+    @nn.compact
+    def weights(self, inputs: int, affine=None, gain=None):
+        """(kernel [inputs,features], bias [features]), float32.
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm(x, scale, bias, dtype, epsilon):
-    """(x - mean)/sqrt(var + epsilon) scale + bias over the last axis of float32 [..,D].
+        affine: (scale, bias) [inputs] of a norm before it; gain [features]: of a
+        LayerScale after it. Both are put into the weights, so that no array of the
+        activations' size is made for them, nor for their gradients.
+        """
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        if affine is not None:
+            scale, shift = affine
+            bias = bias + jnp.matmul(shift, kernel, precision="highest")
+            kernel = scale[:, None] * kernel
+        if gain is not None:
+            kernel, bias = kernel * gain, bias * gain
+        return kernel, bias
 
-    Returns `dtype`. The backward pass keeps the normalised x in `dtype` and 1/sqrt(..),
-    not x: with bfloat16 that is one rounding more, for half the memory.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def normalise(x, dtype, epsilon: float):
+    """(x - mean)/sqrt(var + epsilon) over the last axis of float32 [..,D], in `dtype`.
+
+    The backward pass keeps this and 1/sqrt(..), not x: with bfloat16 that is half the
+    memory, and one rounding more.
     """
-    return _layer_norm_forward(x, scale, bias, dtype, epsilon)[0]
+    return _normalise_forward(x, dtype, epsilon)[0]
 
 
-def _layer_norm_forward(x, scale, bias, dtype, epsilon):
+def _normalise_forward(x, dtype, epsilon):
     centred = x - x.mean(axis=-1, keepdims=True)
     var = jnp.square(centred).mean(axis=-1, keepdims=True)
     inverse = checkpoint_name(jax.lax.rsqrt(var + epsilon), "norm_inverse")
     normalised = checkpoint_name((centred * inverse).astype(dtype), "normalised")
-    y = (normalised.astype(jnp.float32) * scale + bias).astype(dtype)
-    return y, (normalised, inverse, scale)
+    return normalised, (normalised, inverse)
 
 
-def _layer_norm_backward(dtype, epsilon, kept, g):
+def _normalise_backward(dtype, epsilon, kept, g):
     del dtype, epsilon
-    normalised, inverse, scale = kept
+    normalised, inverse = kept
     g, normalised = g.astype(jnp.float32), normalised.astype(jnp.float32)
-    h = g * scale
-    along = (h * normalised).mean(axis=-1, keepdims=True)
-    for_x = inverse * (h - h.mean(axis=-1, keepdims=True) - normalised * along)
-    axes = tuple(range(g.ndim - 1))
-    return for_x, (g * normalised).sum(axes), g.sum(axes)
+    along = (g * normalised).mean(axis=-1, keepdims=True)
+    return (inverse * (g - g.mean(axis=-1, keepdims=True) - normalised * along),)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its parameters; statistics in float32."""
+    """LayerNorm in two parts: what it does to each row, and its parameters."""
 
     dtype: Any
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x):
-        """float32 [..,D] -> [..,D] in `dtype`."""
+        """float32 [..,D] -> (normalised [..,D] in `dtype`, (scale, bias) [D]).
+
+        The norm's result is normalised * scale + bias; `Dense` takes the pair as it is.
+        """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return layer_norm(x, scale, bias, self.dtype, self.epsilon)
+        return normalise(x, self.dtype, self.epsilon), (scale, bias)

@@ -1,8 +1,8 @@
 """Token sequences of several lengths laid one after the other in rows: [W,R,D].
 
 Crops of two sizes then share every matrix product: half the launches, and one gradient
-of each weight to send between devices. A group's rows are padded to a multiple of 8:
-matrix units read whole tiles, and XLA pads every operand of an odd number of rows.
+of each weight to send between devices. A group's rows are padded: matrix units read
+whole tiles, and XLA pads operands of other sizes itself, every time.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-MULTIPLE = 8
+
+def padded_rows(used: int) -> int:
+    """`used` rounded up to a multiple of 128 where that is little, else of 8."""
+    multiple = 128 if used >= 4096 else 8
+    return -(-used // multiple) * multiple
 
 
 class Layout(NamedTuple):
@@ -33,7 +37,7 @@ class Layout(NamedTuple):
     @property
     def rows(self) -> int:
         """R, `used` rounded up; the rest is padding."""
-        return -(-self.used // MULTIPLE) * MULTIPLE
+        return padded_rows(self.used)
 
     @property
     def starts(self) -> tuple[int, ...]:

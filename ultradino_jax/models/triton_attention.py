@@ -84,19 +84,19 @@ class _Head(NamedTuple):
             carry = step(_Rows(whole * size, last, real), carry)
         return carry
 
-    def _at(self, ref, rows: _Rows, part):
+    def _at(self, ref, rows: _Rows, part: int | None):
         here = pl.ds(self.row + rows.start, rows.size)
         if part is None:
             return ref.at[self.group, self.index, here]
         column = (part * self.heads + self.index) * self.width
         return ref.at[self.group, here, pl.ds(column, self.width)]
 
-    def _mask(self, rows: _Rows, part):
+    def _mask(self, rows: _Rows, part: int | None):
         if rows.real is None or part is None:
             return rows.real
         return jnp.broadcast_to(rows.real[:, None], (rows.size, self.width))
 
-    def load(self, ref, rows: _Rows, part=0):
+    def load(self, ref, rows: _Rows, part: int | None = 0):
         """[size,E] of a part of [W,R,parts D], part None: [size] of [W,A,R].
 
         Zero where there is no row.
@@ -105,10 +105,16 @@ class _Head(NamedTuple):
         other = None if mask is None else 0.0
         return plgpu.load(self._at(ref, rows, part), mask=mask, other=other)
 
-    def store(self, ref, rows: _Rows, value, part=0):
+    def store(self, ref, rows: _Rows, value, part: int | None = 0):
         """The inverse of `load`; what is no row is not written."""
         at = self._at(ref, rows, part)
         plgpu.store(at, value.astype(ref.dtype), mask=self._mask(rows, part))
+
+    def clear(self, ref, part: int | None):
+        """Zeros in all rows, at most `SMALLEST`."""
+        rows = self.rows(0, SMALLEST)
+        shape = (rows.size,) if part is None else (rows.size, self.width)
+        self.store(ref, rows, jnp.zeros(shape), part)
 
 
 def _forward_rows(head: _Head, block, qkv, out, lse):
@@ -192,102 +198,17 @@ def _backward_rows(head: _Head, block, qkv, lse, dout, delta, dqkv):
     head.store(dqkv, own, dq * scale, Q)
 
 
-def _launch(body, clear, arrays, shapes, layout, heads, tiles, interpret):
-    """body(head, block, *refs) in a program for every block of every head.
+class _Call(NamedTuple):
+    """What is known when a call is traced."""
 
-    arrays, shapes: what is read, and what is made. clear(head, padding, *refs) is
-    called once for every head of a group whose rows end with padding.
-    """
-    w, _, d = arrays[0].shape
-    blocks = [pl.cdiv(t, _block(t, tiles.rows)) for _, t in layout.views]
-    counts = [r * n for (r, _), n in zip(layout.views, blocks, strict=True)]
-    padding = layout.rows - layout.used
-
-    def kernel(*refs):
-        # Heads of a row lie side by side in memory, so they run side by side.
-        group, here = pl.program_id(1), pl.program_id(0)
-        index, place = jax.lax.rem(here, heads), jax.lax.div(here, heads)
-        first = 0
-        for start, (_, t), n, count in zip(
-            layout.starts, layout.views, blocks, counts, strict=True
-        ):
-
-            @pl.when((place >= first) & (place < first + count))
-            def _(start=start, t=t, n=n, first=first):
-                number, block = (
-                    jax.lax.div(place - first, n),
-                    jax.lax.rem(place - first, n),
-                )
-                row = start + number * t
-                head = _Head(group, index, row, t, heads, d // 3 // heads)
-                body(head, block, *refs)
-
-            first += count
-        if padding:
-
-            @pl.when(place == 0)
-            def _():
-                row = layout.used + place  # traced: constants are checked for bounds
-                head = _Head(group, index, row, padding, heads, d // 3 // heads)
-                clear(head, head.rows(0, SMALLEST), *refs)
-
-    return pl.pallas_call(
-        kernel,
-        out_shape=shapes,
-        grid=(sum(counts) * heads, w),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiles.warps, num_stages=tiles.stages
-        ),
-        interpret=interpret,
-    )(*arrays)
-
-
-def _forward(qkv, *, layout, heads, interpret):
-    """[W,R,3D] -> out [W,R,D], lse [W,A,R] float32."""
-
-    def clear(head, rows, qkv, out, lse):
-        del qkv
-        head.store(out, rows, jnp.zeros((rows.size, head.width)))
-        head.store(lse, rows, jnp.zeros(rows.size), None)
-
-    w, r, d = qkv.shape
-    shapes = (
-        jax.ShapeDtypeStruct((w, r, d // 3), qkv.dtype),
-        jax.ShapeDtypeStruct((w, heads, r), jnp.float32),
-    )
-    return _launch(
-        _forward_rows, clear, (qkv,), shapes, layout, heads, FORWARD, interpret
-    )
-
-
-def _backward(qkv, out, lse, dout, *, layout, heads, interpret):
-    """The gradient of `_forward`'s out: that of qkv, [W,R,3D]."""
-
-    def clear(head, rows, *refs):
-        for part in (Q, K, V):
-            head.store(refs[-1], rows, jnp.zeros((rows.size, head.width)), part)
-
-    w, r, d = out.shape
-    product = out.astype(jnp.float32) * dout.astype(jnp.float32)
-    delta = product.reshape(w, r, heads, d // heads).sum(-1).swapaxes(1, 2)
-    shape = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
-    arrays = (qkv, lse, dout, delta)
-    return _launch(
-        _backward_rows, clear, arrays, shape, layout, heads, BACKWARD, interpret
-    )
-
-
-class _Static(NamedTuple):
     layout: Layout
     heads: int
     mesh: Any
     interpret: bool
 
-    def run(self, function, *arrays):
-        """`function` of arrays [W,..], on every device for its own groups."""
-        function = functools.partial(
-            function, layout=self.layout, heads=self.heads, interpret=self.interpret
-        )
+    def shared(self, function, *arrays):
+        """function(call, arrays [W,..]), on every device for its own groups."""
+        function = functools.partial(function, self)
         if self.mesh is not None and self.mesh.size > 1:
             groups = PartitionSpec(self.mesh.axis_names)
             function = jax.shard_map(
@@ -299,20 +220,95 @@ class _Static(NamedTuple):
             )
         return function(*arrays)
 
+    def launch(self, name, body, tiles: Tiles, arrays, makes):
+        """body(head, block, *refs) in a program for every block of every head.
+
+        arrays: what is read, qkv first. makes: (shape, parts) of each output; its rows
+        of padding are set to zero.
+        """
+        layout, heads = self.layout, self.heads
+        w, _, d = arrays[0].shape
+        blocks = [pl.cdiv(t, _block(t, tiles.rows)) for _, t in layout.views]
+        counts = [r * n for (r, _), n in zip(layout.views, blocks, strict=True)]
+        padding = layout.rows - layout.used
+
+        def kernel(*refs):
+            # Heads of a row lie side by side in memory, so they run side by side.
+            here, group = pl.program_id(0), pl.program_id(1)
+            place, index = jax.lax.div(here, heads), jax.lax.rem(here, heads)
+
+            def head(row, t):
+                return _Head(group, index, row, t, heads, d // 3 // heads)
+
+            def blocks_of_view(start, t, n, first):
+                number = jax.lax.div(place - first, n)
+                # Its range is then known: 167 registers, by subtraction 219.
+                block = jax.lax.rem(place - first, n)
+                body(head(start + number * t, t), block, *refs)
+
+            def clear():
+                # A row that is traced: constants are checked for bounds.
+                end = head(layout.used + place, padding)
+                for ref, (_, parts) in zip(refs[len(arrays) :], makes, strict=True):
+                    for part in parts:
+                        end.clear(ref, part)
+
+            first = 0
+            for start, (_, t), n, count in zip(
+                layout.starts, layout.views, blocks, counts, strict=True
+            ):
+                pl.when((place >= first) & (place < first + count))(
+                    functools.partial(blocks_of_view, start, t, n, first)
+                )
+                first += count
+            if padding:
+                pl.when(place == 0)(clear)
+
+        return pl.pallas_call(
+            kernel,
+            out_shape=[shape for shape, _ in makes],
+            grid=(sum(counts) * heads, w),
+            compiler_params=plgpu.CompilerParams(
+                num_warps=tiles.warps, num_stages=tiles.stages
+            ),
+            interpret=self.interpret,
+            name=name,
+        )(*arrays)
+
+
+def _forward(call: _Call, qkv):
+    """[W,R,3D] -> out [W,R,D], lse [W,A,R] float32."""
+    w, r, d = qkv.shape
+    out = jax.ShapeDtypeStruct((w, r, d // 3), qkv.dtype)
+    lse = jax.ShapeDtypeStruct((w, call.heads, r), jnp.float32)
+    makes = (out, (0,)), (lse, (None,))
+    return call.launch("attention_forward", _forward_rows, FORWARD, (qkv,), makes)
+
+
+def _backward(call: _Call, qkv, out, lse, dout):
+    """The gradient of `_forward`'s out: that of qkv, [W,R,3D]."""
+    w, r, d = out.shape
+    product = out.astype(jnp.float32) * dout.astype(jnp.float32)
+    delta = product.reshape(w, r, call.heads, d // call.heads).sum(-1).swapaxes(1, 2)
+    makes = ((jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), (Q, K, V)),)
+    arrays = qkv, lse, dout, delta
+    [dqkv] = call.launch("attention_backward", _backward_rows, BACKWARD, arrays, makes)
+    return dqkv
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, qkv):
-    return static.run(_forward, qkv)[0]
+def _attention(call: _Call, qkv):
+    return call.shared(_forward, qkv)[0]
 
 
-def _attention_forward(static, qkv):
-    out, lse = static.run(_forward, qkv)
+def _attention_forward(call, qkv):
+    out, lse = call.shared(_forward, qkv)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "lse")
     return out, (qkv, out, lse)
 
 
-def _attention_backward(static, kept, dout):
-    return (static.run(_backward, *kept, dout),)
+def _attention_backward(call, kept, dout):
+    return (call.shared(_backward, *kept, dout),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -342,4 +338,4 @@ def triton_attention(
         raise ValueError(f"{d} columns are not 3 x {num_heads} heads of 16, 32, 64 ..")
     if mesh is not None and w % mesh.size:
         raise ValueError(f"{w} groups cannot be shared by {mesh.size} devices")
-    return _attention(_Static(layout, num_heads, mesh, interpret), qkv)
+    return _attention(_Call(layout, num_heads, mesh, interpret), qkv)

@@ -185,7 +185,12 @@ class ViT(nn.Module):
                 )
             rates = jnp.asarray(drop_path, jnp.float32)
         x, taps = blocks(pack(tokens, layout), rates)
-        norm = LayerNorm(jnp.float32, name="norm")
+        final_norm = LayerNorm(jnp.float32, name="norm")
+
+        def norm(x):
+            x, (scale, bias) = final_norm(x)
+            return x * scale + bias
+
         if layers is not None:
             taps = unpack_last(taps[np.asarray(layers)], layout)
             taps = norm(taps) if norm_layers else taps
