@@ -5,8 +5,10 @@ import json
 
 import jax
 import pytest
+from jax.profiler import ProfileData
 
 from experiments.benchmarks import gpu, gpu_cell, gpu_checks
+from experiments.benchmarks.gpu_profile import kernel_table
 from experiments.benchmarks.gpu_worker import kept
 from tests.golden_step import GOLDEN, MODULES
 
@@ -92,3 +94,56 @@ def test_the_golden_step_in_float32_is_the_reference_s():
     assert row["gradient, backbone"] < 1e-5 and row["gradient, dino_head"] < 1e-5
     for i in range(2):
         assert all(abs(x) < 1e-5 for x in row[f"losses of step {i}"].values())
+
+
+# As a GPU's profiler writes it: one kernel named by the instruction, one whose
+# instruction is a reference, one of a library; a host thread; a line that sums up.
+TRACE = """
+planes {
+  name: "/device:GPU:0"
+  lines { name: "Stream #13(Compute)"
+    events { metadata_id: 1 duration_ps: 3000000 stats { metadata_id: 1 str_value: "loop_fusion.3" } }
+    events { metadata_id: 1 duration_ps: 5000000 stats { metadata_id: 1 str_value: "loop_fusion.3" } }
+    events { metadata_id: 2 duration_ps: 4000000 stats { metadata_id: 1 ref_value: 2 } }
+    events { metadata_id: 3 duration_ps: 1000000 } }
+  lines { name: "XLA Modules" events { metadata_id: 4 duration_ps: 90000000 } }
+  event_metadata { key: 1 value { id: 1 name: "loop_fusion_3" } }
+  event_metadata { key: 2 value { id: 2 name: "nvjet_hsh" } }
+  event_metadata { key: 3 value { id: 3 name: "input_reduce_fusion" } }
+  event_metadata { key: 4 value { id: 4 name: "jit_step" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  stat_metadata { key: 2 value { id: 2 name: "custom-call.7" } }
+}
+planes {
+  name: "/host:CPU"
+  lines { name: "python" events { metadata_id: 1 duration_ps: 70000000 } }
+  event_metadata { key: 1 value { id: 1 name: "PjitFunction" } }
+}
+"""  # noqa: E501
+PROGRAM = """
+%f { ROOT %a = f32[] add(%x, %y), metadata={op_name="inside"} }
+ENTRY %main {
+  %loop_fusion.3 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/mul"}
+  %custom-call.7 = (bf16[8,8]{1,0}, s8[4]{0}) custom-call(%p), metadata={op_name="dot"}
+  ROOT %input-reduce-fusion = f32[] fusion(%p), metadata={op_name="jit(f)/sum"}
+}
+"""
+
+
+def test_kernels_of_a_gpu_s_trace(tmp_path):
+    serialised = ProfileData.text_proto_to_serialized_xspace(TRACE)
+    (tmp_path / "host.xplane.pb").write_bytes(serialised)
+    table = kernel_table(tmp_path, PROGRAM, steps=2)
+    rows = [(k["kernel"], k["op_name"], k["count"], k["ms"]) for k in table["kernels"]]
+    assert rows == [
+        ("loop_fusion_3", "jit(f)/mul", 1.0, 0.004),
+        ("nvjet_hsh", "dot", 0.5, 0.002),
+        ("input_reduce_fusion", "jit(f)/sum", 0.5, 0.0005),
+    ]
+    assert table["ms"] == pytest.approx(0.0065)
+    assert table["kernels_per_step"] == 2.0
+    assert [row["op_name"] for row in table["operations"]] == [
+        "jit(f)/mul",
+        "dot",
+        "jit(f)/sum",
+    ]
