@@ -86,13 +86,16 @@ def reference_setup(g, sub, centering, modules=MODULES, **options):
         optimizer,
         schedules={"teacher_temp": hyper(g, "temp"), "ema_momentum": hyper(g, "mom")},
     )
-    student = jax.tree.map(jnp.asarray, reference_tree(sub, g, "init/"))
-    state = init_state(modules, optimizer, jax.random.key(0), 1)
-    return jax.jit(step), state.replace(
-        student=student,
-        teacher=jax.tree.map(lambda x: 0.9 * x, student),
-        opt_state=optimizer.init(student),
-    )
+
+    def first(student):
+        state = init_state(modules, optimizer, jax.random.key(0), 1)
+        return state.replace(
+            student=student,
+            teacher=jax.tree.map(lambda x: 0.9 * x, student),
+            opt_state=optimizer.init(student),
+        )
+
+    return jax.jit(step), jax.jit(first)(reference_tree(sub, g, "init/"))
 
 
 def gradient_of(state):

@@ -199,7 +199,7 @@ def run_peers(args, runs: Runs) -> None:
             runs.run(f"peer {peer} {cell}", "gpu_peer", spec, environment)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run what is missing, print each row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = Path("experiments/results/gpu.json")
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--torch_python", default=sys.executable, help="with torch")
     parser.add_argument("--lightly_python", default=sys.executable)
     parser.add_argument("--tiny", action="store_true", help="shapes of the tests")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     runs = Runs(args.json, args.minutes, args.row_minutes, args.again)
     for part in args.parts:
         if part == "steps":

@@ -153,8 +153,8 @@ def measure(spec: dict) -> dict:
         stream = None
         if options.get("pipeline"):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            size = tuple(config.data.phantom_size) if model == "smoke" else (256, 341)
-            source = small_cache(Path(folder), 256, size)
+            images = min(128, config.data.phantom_images)
+            source = small_cache(Path(folder), images, tuple(config.data.phantom_size))
             plan = dataclasses.replace(plan, source=source)
             stream = pipeline(plan, 0, FED + 1)
             stack.callback(stream.close)

@@ -105,7 +105,7 @@ def repeated(init, step, batch, steps: int = 3) -> dict:
 
 
 def small_cache(folder: Path, images: int, size: tuple[int, int]) -> Repeated:
-    """Phantoms of `size` as a prepared cache, read again and again."""
+    """Phantoms of `size` pixels as a prepared cache, read again and again."""
     pictures = folder / "phantoms"
     pictures.mkdir()
     for index in range(images):

@@ -83,14 +83,16 @@ def repeat_lines(rows: dict) -> str:
             why = row.get("error") or found.get("error") or "not run"
             lines += f"- {name}: {why}\n"
             continue
-        wholes[name] = found["digests"]["whole"]
+        whole = found["digests"]["whole"]
+        if name.startswith("repeat,"):  # of one cell
+            wholes[name] = whole
         differ = ", ".join(found["differ"][1:7])
         same = "the same bits" if found["equal"] else f"OTHER bits ({differ})"
         lines += (
             f"- {name}: initial state {row['init_seconds']:.1f} s, traced in "
             f"{row['trace_seconds']:.1f} s, compiled in {row['compile_seconds']:.1f} s;"
             f" two runs of {found['steps']} steps in one process have {same}; "
-            f"SHA-256 of the state {wholes[name][:12]}\n"
+            f"SHA-256 of the state {whole[:12]}\n"
         )
     if len(wholes) > 1:
         first, *others = wholes
@@ -120,7 +122,7 @@ def markdown(rows: dict[str, dict]) -> str:
         text += "".join(step_line(name, row) for name, row in steps.items())
     if lines := fed_lines(steps):
         text += "\n## From the input pipeline\n\n" + lines
-    repeat = {n: r for n, r in rows.items() if n.startswith("repeat")}
+    repeat = {n: r for n, r in rows.items() if n[:7] == "repeat," or "repeat" in r}
     if repeat:
         text += "\n## Compiled again, run again\n\n" + repeat_lines(repeat)
     return text
