@@ -21,10 +21,12 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
-def start_main(workdir, *flags, devices: int = 1, **popen) -> subprocess.Popen:
-    """main.py, running; stdout and stderr come together."""
+def start_main(
+    workdir, *flags, devices: int = 1, program=("main.py",), **popen
+) -> subprocess.Popen:
+    """main.py, or another program with its flags; stdout and stderr come together."""
     return subprocess.Popen(
-        [sys.executable, "main.py", f"--workdir={workdir}", *flags],
+        [sys.executable, *program, f"--workdir={workdir}", *flags],
         cwd=ROOT,
         env=environment(devices),
         text=True,

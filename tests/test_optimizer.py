@@ -30,7 +30,10 @@ GOLDEN = sorted(Path(__file__).parent.glob("golden/param_groups_*.npz"))
 @pytest.mark.parametrize("name", [path.stem for path in GOLDEN])
 def test_parameter_tables_equal_reference(golden, name):
     g = golden(name)
+    # The tables do not depend on sizes: a width of two (of six for qkv) will do.
     shapes = [tuple(json.loads(s)) for s in g["shapes"]]
+    width = shapes[list(g["names"]).index("backbone.cls_token")][-1]
+    shapes = [tuple(2 * n // width if n >= width else n for n in s) for s in shapes]
 
     def expected(values):
         full = [np.full(s, v) for s, v in zip(shapes, values, strict=True)]

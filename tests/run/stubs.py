@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.health import checkups
-from ultradino_jax.run import loop, program
+from ultradino_jax.run import loop, program, workdir
 from ultradino_jax.run.bad_steps import skip_not_finite
 
 METRICS = (
@@ -24,6 +24,9 @@ METRICS = (
     "teacher_entropy",
     "marginal_entropy",
 )
+
+# Shapes of parameters and of a whole state, by the networks.
+SHAPES = {}
 
 
 def small(config):
@@ -89,16 +92,31 @@ class Probe:
 
 def stub(patch, step=step) -> None:
     """Put the above in place, by a pytest.MonkeyPatch."""
-    real = program.init_state
 
-    def init_state(*args):
-        shapes = jax.eval_shape(lambda: real(*args))
-        return jax.tree.map(fill, shapes)
+    def once(owner, name, networks):
+        """Flax is asked for the shapes of the same networks once."""
+        real = getattr(owner, name)
+
+        def shapes(*args):
+            key = name, *networks(*args)
+            if key not in SHAPES:
+                SHAPES[key] = jax.eval_shape(lambda: real(*args))
+            return SHAPES[key]
+
+        return shapes
+
+    shapes = once(program, "init_state", lambda *args: (args[0], args[3]))
+    parameters = once(
+        workdir, "_parameters", lambda plan: (plan.modules, plan.channels)
+    )
 
     def compiled_step(plan, mesh, state):
         return skip_not_finite(step) if plan.nan.policy == "skip" else step
 
-    patch.setattr(program, "init_state", init_state)
+    patch.setattr(
+        program, "init_state", lambda *args: jax.tree.map(fill, shapes(*args))
+    )
+    patch.setattr(workdir, "_parameters", parameters)
     patch.setattr(loop, "compiled_step", compiled_step)
     patch.setattr(loop, "executable", lambda step, arguments, say: step)
     patch.setattr(checkups, "Probe", Probe)

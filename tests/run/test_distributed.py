@@ -1,28 +1,15 @@
 """Several processes of one run: the same losses, one checkpoint, one export."""
 
-import json
 import shutil
 import socket
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from tests.processes import start_main
+from tests.run.stubs import rows
+from ultradino_jax.run.train import train
 from ultradino_jax.weights.load import load_backbone
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(workdir, flags, *, devices, coordinator=None, count=1, rank=0):
-    if coordinator:
-        flags = [
-            *flags,
-            f"--coordinator={coordinator}",
-            f"--num_processes={count}",
-            f"--process_id={rank}",
-        ]
-    return start_main(workdir, *flags, devices=devices)
 
 
 def finish(*processes):
@@ -31,41 +18,39 @@ def finish(*processes):
     return outputs
 
 
-def rows(workdir):
-    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(workdir):
-    return np.array([row["total"] for row in rows(workdir)])
+    return np.array([row["total"] for row in rows(workdir / "metrics.jsonl")])
 
 
-def test_two_processes_train_as_one_and_resume_as_one(tiny_flags, tmp_path):
+def test_two_processes_train_as_one_which_goes_on_alone(
+    tiny_flags, tiny_config, one_device, tmp_path, capsys
+):
+    """Four devices of two processes, and then one of this process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{probe.getsockname()[1]}"
+    job = [f"--coordinator={place}", "--num_processes=2"]
     both = [
-        start(
-            tmp_path / "two",
-            [*tiny_flags, "--config.epochs=1"],
-            devices=2,
-            coordinator=place,
-            count=2,
-            rank=rank,
+        start_main(
+            tmp_path / "two", *tiny_flags, *job, f"--process_id={rank}", devices=2
         )
         for rank in range(2)
     ]
+    train(tiny_config(), tmp_path / "one")
     first, second = finish(*both)
-    assert "step 3/3" in first and "step 3/3" not in second
-    flags = [*tiny_flags, "--config.epochs=1"]
-    finish(start(tmp_path / "one", flags, devices=4))
+    assert "step 6/6" in first and "step 6/6" not in second
+    assert "GB per device: state and batch 0.01, temporaries 0." in first
+    close = {"rtol": 1e-5}
     np.testing.assert_allclose(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
+        losses(tmp_path / "two"), losses(tmp_path / "one"), **close
     )
-    shutil.rmtree(tmp_path / "two/checkpoints/3")
-    (again,) = finish(start(tmp_path / "two", flags, devices=4))
-    assert "resumed from the checkpoint at step 2" in again
-    np.testing.assert_allclose(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
-    )
+    before = losses(tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoints/6")
+    capsys.readouterr()
+    train(tiny_config(), tmp_path / "two")
+    assert "resumed from the checkpoint at step 4" in capsys.readouterr().out
+    after = losses(tmp_path / "two")
+    np.testing.assert_array_equal(after[:4], before[:4])
+    np.testing.assert_allclose(after, losses(tmp_path / "one"), **close)
     two, one = (load_backbone(tmp_path / name).params for name in ("two", "one"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), two, one)

@@ -1,4 +1,7 @@
-"""What happens to processes: signals, full disks, dead workers, kill -9."""
+"""What happens to processes: signals, full disks, dead workers, kill -9.
+
+Their steps are those of `stubs`, so that all else of a run can be tried often.
+"""
 
 import contextlib
 import fcntl
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.processes import ROOT, environment, start_main
+from tests.run import stubs
 from ultradino_jax.cli import EXIT_PAUSED
 from ultradino_jax.errors import UserError
 from ultradino_jax.run.stops import Interrupted, RunStopped, Signals
@@ -22,18 +26,32 @@ from ultradino_jax.run.train import train
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+PROGRAM = ("-m", "tests.run.stubbed_main")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stubbed(one_device):
+    with pytest.MonkeyPatch.context() as patch:
+        stubs.stub(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(tiny_flags, tmp_path_factory):
+def config(tiny_config):
+    """Twelve steps; the flags of the processes say the same."""
+    return tiny_config(epochs=4)
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_flags):
+    return [*tiny_flags, "--config.epochs=4"]
+
+
+@pytest.fixture(scope="module")
+def whole(stubbed, config, tmp_path_factory):
     """metrics.jsonl of twelve steps that nothing happened to."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    run_to_its_end(workdir, *tiny_flags, "--config.epochs=4")
+    workdir = train(config, tmp_path_factory.mktemp("whole") / "run")
     return (workdir / "metrics.jsonl").read_bytes()
-
-
-def run_to_its_end(workdir, *flags):
-    process = start_main(workdir, *flags)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
 
 
 def wait_for_steps(process, workdir, count):
@@ -59,14 +77,12 @@ def children(pid):
     return found
 
 
-def test_sigterm_two_processes_and_a_dead_worker(
-    tiny_flags, tiny_config, whole, tmp_path
-):
-    workdir, flags = tmp_path / "run", [*tiny_flags, "--config.epochs=4"]
-    first = start_main(workdir, *flags)
+def test_sigterm_two_processes_and_a_dead_worker(flags, config, whole, tmp_path):
+    workdir = tmp_path / "run"
+    first = start_main(workdir, *flags, program=PROGRAM)
     wait_for_steps(first, workdir, 3)
     with pytest.raises(UserError, match=rf"in use by process {first.pid} on .*wait"):
-        train(tiny_config(epochs=4), workdir)
+        train(config, workdir)
     first.send_signal(signal.SIGTERM)
     output = first.communicate()[0]
     assert first.returncode == EXIT_PAUSED, output
@@ -74,7 +90,7 @@ def test_sigterm_two_processes_and_a_dead_worker(
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert saved >= 3
     # Whatever it had reached, the worker of the next process dies at once.
-    second = start_main(workdir, *flags, "--config.data.workers=1")
+    second = start_main(workdir, *flags, "--config.data.workers=1", program=PROGRAM)
     while not (workers := [p for p, c in children(second.pid).items() if "spawn" in c]):
         assert second.poll() is None, second.communicate()[0]
         time.sleep(0.01)
@@ -139,10 +155,9 @@ out="$2"; shift 2; ulimit -f 8000; exec "$@" --workdir="$out"
 """
 
 
-def test_a_full_disk_keeps_the_last_good_step(tiny_flags, whole, tmp_path):
+def test_a_full_disk_keeps_the_last_good_step(flags, config, whole, tmp_path):
     """45 MB hold one checkpoint of 13 MB and the backbone, not all that follow."""
-    flags = [*tiny_flags, "--config.epochs=4", "--config.keep_checkpoints=9"]
-    program = [sys.executable, "main.py", *flags]
+    program = [sys.executable, *PROGRAM, *flags, "--config.keep_checkpoints=9"]
     process = subprocess.run(
         ["sh", "-c", FULL, "sh", tmp_path / "space", tmp_path / "run", *program],
         cwd=ROOT,
@@ -156,15 +171,14 @@ def test_a_full_disk_keeps_the_last_good_step(tiny_flags, whole, tmp_path):
     good = int(line.rpartition("last good checkpoint: step ")[2])
     kept = [p.name for p in (tmp_path / "run/checkpoints").iterdir()]
     assert str(good) in kept
-    run_to_its_end(tmp_path / "run", *flags)
+    train(config, tmp_path / "run")
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == whole
 
 
 def test_kill_9_with_and_without_workers_gives_the_same_bytes(
-    tiny_flags, whole, tmp_path
+    flags, config, whole, tmp_path
 ):
     """Killed without workers, then with two, then left alone."""
-    flags = [*tiny_flags, "--config.epochs=4"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     # Any step will do; which one is left to the scheduler and to this draw.
     first = np.random.default_rng().integers(3, 6)
@@ -173,6 +187,7 @@ def test_kill_9_with_and_without_workers_gives_the_same_bytes(
             tmp_path / "run",
             *flags,
             f"--config.data.workers={workers}",
+            program=PROGRAM,
             start_new_session=True,
         )
         wait_for_steps(victim, tmp_path / "run", wanted)
@@ -181,7 +196,7 @@ def test_kill_9_with_and_without_workers_gives_the_same_bytes(
         assert victim.returncode == -signal.SIGKILL
         assert metrics.read_bytes() != whole
     assert "resumed from the checkpoint" in output
-    run_to_its_end(tmp_path / "run", *flags)
+    train(config, tmp_path / "run")
     assert metrics.read_bytes() == whole
 
 
