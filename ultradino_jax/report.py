@@ -15,7 +15,7 @@ from ultradino_jax.cli import command
 from ultradino_jax.health.curves import chart
 from ultradino_jax.jsonl import read_rows
 from ultradino_jax.pretraining.terms import terms_in
-from ultradino_jax.run.writer import format_duration
+from ultradino_jax.progress import format_duration
 from ultradino_jax.whole import read_json, write_whole
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.

@@ -17,14 +17,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.claim import claim
 from ultradino_jax.cli import command
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation.results import overlay
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
-from ultradino_jax.whole import whole_file
+from ultradino_jax.progress import Progress
+from ultradino_jax.whole import claim, whole_file
 
 MODES = ("resize", "window")
 

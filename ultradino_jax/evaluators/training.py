@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.checkpoint import RunCheckpoints
-from ultradino_jax.claim import check_same
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.progress import Progress
+from ultradino_jax.whole import check_same
 
 ADVICE = "choose another workdir, or delete what is there"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import open_source
 from ultradino_jax.errors import UserError
@@ -25,6 +24,7 @@ from ultradino_jax.exports.subject import (
     our_outputs,
     preprocess_of,
 )
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone, with_channels
 from ultradino_jax.whole import whole_folder, write_json
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, backbone_record
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.exports.format import Format, split_tokens, write_json, write_tensors
 from ultradino_jax.weights import hf as naming
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.files import read_safetensors
 from ultradino_jax.weights.load import load_backbone
 from ultradino_jax.weights.meta import vit_state

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, backbone_record
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
@@ -15,6 +14,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
 )
 from ultradino_jax.exports.format import Format, write_json, write_tensors
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.files import read_safetensors
 from ultradino_jax.weights.meta import nest
 from ultradino_jax.weights.own import record_to_backbone

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.errors import UserError
 from ultradino_jax.health import alarms
 from ultradino_jax.health.panels import attention_panel, png
 from ultradino_jax.health.teacher import Probe
 from ultradino_jax.jsonl import MetricFile, read_rows
+from ultradino_jax.weights.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.crops import CropConfig
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import CacheSource, open_source
@@ -24,6 +23,7 @@ from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
 
 

@@ -22,18 +22,7 @@ from tensorboardX.summary import scalar as scalar_summary
 
 from ultradino_jax.jsonl import MetricFile
 from ultradino_jax.pretraining.terms import terms_in
-
-
-def format_duration(seconds: float) -> str:
-    """90061 -> '1d 1h', 3700 -> '1h 1m', 75 -> '1m 15s'."""
-    seconds = int(seconds)
-    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-    parts = []
-    for name, size in units:
-        if seconds >= size or (name == "s" and not parts):
-            parts.append(f"{seconds // size}{name}")
-            seconds %= size
-    return " ".join(parts[:2])
+from ultradino_jax.progress import format_duration
 
 
 class Board:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from einops import rearrange, reduce, repeat
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.models.vit import VARIANTS
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.families import backbone_from_tensors, family_of_model
 from ultradino_jax.weights.files import read_weights
 from ultradino_jax.weights.own import (

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.families import MODELS
 from ultradino_jax.weights.files import WeightFile
 from ultradino_jax.weights.meta import check_placement, nest

@@ -13,12 +13,12 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 from configs.fetal_planes import get_config
-from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.data.datasets.open import open_labelled
 from ultradino_jax.data.phantom.layouts import write_african, write_fetal_planes
 from ultradino_jax.evaluators.classification.classifier import load_classifier
 from ultradino_jax.evaluators.classification.evaluate import evaluate
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 from ultradino_jax.weights.load import load_backbone
 
 tfds.disable_progress_bar()

@@ -12,7 +12,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from configs import fass, jnu_ifm
-from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.data.datasets.segmented import segmented_images
 from ultradino_jax.data.phantom.layouts import write_fass
 from ultradino_jax.evaluators.features import Preprocess
@@ -31,6 +30,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
 from ultradino_jax.evaluators.segmentation.settings import read_settings
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 
 tfds.disable_progress_bar()
 

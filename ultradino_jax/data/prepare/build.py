@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.claim import check_same
 from ultradino_jax.data.cache import (
     FORMAT,
     INDEX,
@@ -27,7 +26,7 @@ from ultradino_jax.data.prepare.file import MemberResult
 from ultradino_jax.data.prepare.report import write_report
 from ultradino_jax.data.prepare.scan import Key
 from ultradino_jax.errors import UserError
-from ultradino_jax.whole import read_json, whole_file, write_json
+from ultradino_jax.whole import check_same, read_json, whole_file, write_json
 
 DEDUP = ("near", "exact", "none")
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess, probe_tokens
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 from ultradino_jax.weights.load import load_backbone
 from ultradino_jax.whole import read_json, whole_folder, write_json
 

@@ -22,13 +22,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ultradino_jax import cli
-from ultradino_jax.claim import check_same
 from ultradino_jax.data.datasets.open import open_segmented
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.evaluators.evaluation import Call, Entry, versions
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation import metrics, results
 from ultradino_jax.evaluators.segmentation.evaluate import (
     PACKAGES,
@@ -39,7 +37,8 @@ from ultradino_jax.evaluators.segmentation.evaluate import (
 )
 from ultradino_jax.evaluators.segmentation.nnunet_data import export_split, read_masks
 from ultradino_jax.evaluators.segmentation.settings import read_settings
-from ultradino_jax.whole import read_json, write_json
+from ultradino_jax.progress import Progress
+from ultradino_jax.whole import check_same, read_json, write_json
 
 FORMAT = "ultradino_nnunet"
 RECORD = "nnunet.json"

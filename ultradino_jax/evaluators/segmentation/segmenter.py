@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ultradino_jax.backbone import Backbone, backbone_record
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation.networks import Network
 from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.sharding import row_sharding
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.own import record_to_backbone
 from ultradino_jax.whole import read_json, whole_folder, write_json
 

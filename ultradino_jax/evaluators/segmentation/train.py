@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import optax
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.evaluators.segmentation.augment import augment_pair
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
@@ -37,6 +36,7 @@ from ultradino_jax.evaluators.training import Job, train
 from ultradino_jax.schedules import warmup_linear
 from ultradino_jax.sharding import row_sharding
 from ultradino_jax.tree import map_with_name
+from ultradino_jax.weights.backbone import Backbone
 
 WEIGHT_DECAY = 0.01
 METRIC = "val_dice"
