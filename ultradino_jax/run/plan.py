@@ -3,22 +3,24 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ultradino_jax.data.crops import CropConfig
+from ultradino_jax.data.crops import NUM_GLOBAL, CropConfig
+from ultradino_jax.data.masking import mask_buffer_length
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import CacheSource, open_source
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.health.alarms import Facts
 from ultradino_jax.health.checkups import HealthSettings
 from ultradino_jax.health.phantom_knn import KnnSettings
+from ultradino_jax.limits import check
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.pretraining.objective import Objective
+from ultradino_jax.run.limits import CACHE, CROP_STYLES, DTYPES, LIMITS, OWN_SIZES
 from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
@@ -67,20 +69,17 @@ class Plan:
 def normalization(name: str, source, channels: int):
     """(mean, std) by name; 'cache' takes those measured when the cache was made.
 
-    Raises UserError for an unknown name, statistics of another channel count, or
-    'cache' with a source that has none.
+    Raises UserError for statistics of another channel count, or 'cache' with a source
+    that has none.
     """
-    if name == "cache":
+    if name == CACHE:
         if not isinstance(source, CacheSource):
             raise UserError(
                 "data.normalization='cache' needs data.root to be a prepared cache"
             )
         mean, std = tuple(source.manifest["mean"]), tuple(source.manifest["std"])
-    elif name in NORMALIZATION:
-        mean, std = NORMALIZATION[name]
     else:
-        names = ", ".join([*NORMALIZATION, "cache"])
-        raise UserError(f"data.normalization {name!r} is none of {names}")
+        mean, std = NORMALIZATION[name]
     if len(mean) == 1:
         mean, std = mean * channels, std * channels
     if len(mean) != channels:
@@ -106,8 +105,6 @@ def phantom_source(config: ConfigDict) -> PhantomSource:
 def make_source(config: ConfigDict):
     """The images of a run: those of data.root, or the phantom when none is named."""
     data = config.data
-    if data.render not in ("host", "device"):
-        raise UserError(f"data.render {data.render!r} is none of host, device")
     if data.root:
         list_file = data.list_file or None
         return open_source(data.root, list_file=list_file, channels=data.channels)
@@ -118,14 +115,8 @@ def make_source(config: ConfigDict):
 
 def make_crops(config: ConfigDict) -> CropConfig:
     """The multi-crop recipe: a named style with the config's changes."""
-    styles = {
-        "ultrasound": (CropConfig.ultrasound, "vertical_flip_prob"),
-        "imagenet": (CropConfig.imagenet, "horizontal_flip_prob"),
-    }
     c = config.crops
-    if c.style not in styles:
-        raise UserError(f"crops.style {c.style!r} is none of {', '.join(styles)}")
-    style, flip = styles[c.style]
+    style, flip = CROP_STYLES[c.style]
     return style(
         global_size=c.global_size,
         local_size=c.local_size,
@@ -139,16 +130,19 @@ def make_crops(config: ConfigDict) -> CropConfig:
 def make_backbone(config: ConfigDict) -> ViT:
     """The ViT of a config, its position grid sized for the global crops."""
     m = config.model
-    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if m.dtype not in dtypes:
-        raise UserError(f"model.dtype {m.dtype!r} is none of {', '.join(dtypes)}")
     overrides = {k: v for k, v in m.items() if k not in ("variant", "dtype")}
-    return build_vit(
+    model = build_vit(
         m.variant,
-        dtype=dtypes[m.dtype],
+        dtype=DTYPES[m.dtype],
         image_size=config.crops.global_size,
         **overrides,
     )
+    if model.embed_dim % model.num_heads:
+        raise UserError(
+            f"model.embed_dim {model.embed_dim} is not divisible by model.num_heads "
+            f"{model.num_heads}"
+        )
+    return model
 
 
 def load_start(config: ConfigDict) -> Backbone | None:
@@ -191,7 +185,7 @@ def make_modules(config: ConfigDict, start: Backbone | None = None) -> Modules:
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedule]:
     """Every scheduled hyper-parameter as a function of the step.
 
-    Raises UserError when the warm-up does not fit the run.
+    Raises ValueError when the warm-up does not fit the run.
     """
     o, total = config.optim, config.epochs * steps_per_epoch
     peak = o.base_lr * (config.batch_size / o.reference_batch) ** 0.5
@@ -230,8 +224,10 @@ def make_loop(config: ConfigDict) -> LoopSettings:
 def make_feed(config: ConfigDict, patch_size: int, num_devices: int) -> FeedSettings:
     """What the input pipeline is built with; groups are raised for the devices.
 
-    Raises ValueError or UserError when batch, groups and accum_steps do not divide.
+    Raises ValueError or UserError when batch, groups and accum_steps do not divide, or
+    when nothing would be masked.
     """
+    side = config.crops.global_size
     groups = resolve_groups(config.groups, config.batch_size, num_devices)
     if groups % (config.accum_steps * num_devices):
         raise UserError(
@@ -239,13 +235,20 @@ def make_feed(config: ConfigDict, patch_size: int, num_devices: int) -> FeedSett
             f"{config.accum_steps}: groups must be a multiple of their product"
         )
     data, masking = config.data, config.masking
+    crops, patches = NUM_GLOBAL * config.batch_size // groups, (side // patch_size) ** 2
+    ratio = tuple(masking.ratio)
+    if not mask_buffer_length(crops, patches, masking.probability, ratio):
+        raise UserError(
+            f"masking.probability {masking.probability} and ratio {ratio} mask no "
+            f"patch of a group's {crops} crops of {patches} patches"
+        )
     return FeedSettings(
         batch_size=config.batch_size,
         groups=groups,
         patch_size=patch_size,
         canvas=data.canvas if data.render == "device" else None,
         mask_probability=masking.probability,
-        mask_ratio=tuple(masking.ratio),
+        mask_ratio=ratio,
         mask_style=masking.style,
         seed=config.seed,
         num_workers=data.workers,
@@ -272,11 +275,7 @@ def make_notes(config: ConfigDict, groups: int) -> tuple[str, ...]:
 
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     """Build and check everything. Raises UserError or OSError, one line each."""
-    with as_user_error():
-        return _make_plan(config, num_devices)
-
-
-def _make_plan(config, num_devices):
+    check(config, LIMITS, OWN_SIZES)
     source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)
@@ -287,7 +286,8 @@ def _make_plan(config, num_devices):
             raise UserError(
                 f"crop size {side} is not divisible by patch size {patch_size}"
             )
-    feed = make_feed(config, patch_size, num_devices)
+    with as_user_error():
+        feed = make_feed(config, patch_size, num_devices)
     mean, std = normalization(config.data.normalization, source, channels)
     steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
     if steps_per_epoch < 1:
@@ -295,7 +295,8 @@ def _make_plan(config, num_devices):
             f"{len(source)} images do not fill one batch of {config.batch_size}; "
             "set steps_per_epoch"
         )
-    schedules = make_schedules(config, steps_per_epoch)
+    with as_user_error():
+        schedules = make_schedules(config, steps_per_epoch)
     o, phantom = config.optim, phantom_source(config)
     optimizer = make_optimizer(
         learning_rate=schedules["lr"],

@@ -52,9 +52,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     workdir = Path(workdir)
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        plan = make_plan(config, len(jax.devices()))
         with as_user_error():
             mesh = make_mesh(config.mesh.fsdp)
-        plan = make_plan(config, mesh.size)
         if is_main:
             stack.callback(Lock(workdir).close)
             record_config(config, workdir)
