@@ -11,7 +11,7 @@ from ultradino_jax.evaluators.classification import settings as classification
 from ultradino_jax.evaluators.evaluate import evaluate
 from ultradino_jax.evaluators.segmentation import settings as segmentation
 from ultradino_jax.limits import check
-from ultradino_jax.run.limits import LIMITS, OWN_SIZES
+from ultradino_jax.run.limits import LIMITS, OPTIONAL
 from ultradino_jax.run.plan import make_plan
 
 PRETRAINING = ("pretrain_smoke", "seconds")
@@ -20,7 +20,7 @@ PRETRAINING = ("pretrain_smoke", "seconds")
 def limits_of(config):
     kinds = {"classification": classification, "segmentation": segmentation}
     kind = kinds.get(config.get("task", ""))
-    return (LIMITS, OWN_SIZES) if kind is None else (kind.LIMITS, ())
+    return (LIMITS, OPTIONAL) if kind is None else (kind.LIMITS, ())
 
 
 def changed(config, key, value):

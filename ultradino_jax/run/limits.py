@@ -1,5 +1,7 @@
 """What every value of a pretraining config may be. See configs/pretrain_vitb.py."""
 
+from dataclasses import fields
+
 import jax.numpy as jnp
 
 from ultradino_jax.data.crops import CropConfig
@@ -19,7 +21,7 @@ from ultradino_jax.limits import (
 )
 from ultradino_jax.models.vit import VARIANTS
 from ultradino_jax.normalization import NORMALIZATION
-from ultradino_jax.pretraining.objective import CENTERINGS
+from ultradino_jax.pretraining.objective import CENTERINGS, Objective
 
 SHARE = number(0, 1)
 COUNT = integer(1)
@@ -33,6 +35,9 @@ CROP_STYLES = {
     "imagenet": (CropConfig.imagenet, "horizontal_flip_prob"),
 }
 
+# A weight of the loss, and what a cosine takes it to: None or no such key is constant.
+WEIGHTS = tuple(f.name for f in fields(Objective) if f.name.endswith("_weight"))
+ENDS = {f"loss.{name}_end": optional(number(0)) for name in WEIGHTS}
 # Sizes that a config may give beside, or instead of, those of model.variant.
 OWN_SIZES = ("model.embed_dim", "model.depth", "model.num_heads", "model.mlp_ratio")
 
@@ -61,11 +66,8 @@ LIMITS = {
     "head.num_layers": COUNT,
     "ibot.separate_head": FLAG,
     "ibot.num_prototypes": integer(2),
-    "loss.dino_weight": number(0),
-    "loss.ibot_weight": number(0),
-    "loss.koleo_weight": number(0),
-    "loss.koleo_weight_end": optional(number(0)),
-    "loss.gram_weight": number(0),
+    **{f"loss.{name}": number(0) for name in WEIGHTS},
+    **ENDS,
     "loss.student_temp": positive(),
     "loss.centering": choice(CENTERINGS),
     "loss.center_momentum": SHARE,
@@ -130,3 +132,5 @@ LIMITS = {
     "knn.patients": integer(2),
     "knn.guard": SHARE,
 }
+# What need not be there.
+OPTIONAL = (*OWN_SIZES, *ENDS)

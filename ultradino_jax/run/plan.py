@@ -20,7 +20,14 @@ from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.pretraining.objective import Objective
-from ultradino_jax.run.limits import CACHE, CROP_STYLES, DTYPES, LIMITS, OWN_SIZES
+from ultradino_jax.run.limits import (
+    CACHE,
+    CROP_STYLES,
+    DTYPES,
+    LIMITS,
+    OPTIONAL,
+    WEIGHTS,
+)
 from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
@@ -192,11 +199,11 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedu
     warm = {"total": total, "warmup": int(o.warmup_epochs * steps_per_epoch)}
     freeze = int(o.freeze_last_layer_epochs * steps_per_epoch)
     t, loss = config.teacher, config.loss
-    weights = {}
-    if loss.koleo_weight_end is not None:
-        weights["koleo_weight"] = cosine_schedule(
-            loss.koleo_weight, loss.koleo_weight_end, total
-        )
+    weights = {
+        name: cosine_schedule(loss[name], end, total)
+        for name in WEIGHTS
+        if (end := loss.get(f"{name}_end")) is not None
+    }
     return {
         "lr": cosine_schedule(peak, o.min_lr, **warm),
         "last_layer_lr": cosine_schedule(peak, o.min_lr, freeze=freeze, **warm),
@@ -275,7 +282,7 @@ def make_notes(config: ConfigDict, groups: int) -> tuple[str, ...]:
 
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     """Build and check everything. Raises UserError or OSError, one line each."""
-    check(config, LIMITS, OWN_SIZES)
+    check(config, LIMITS, OPTIONAL)
     source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)

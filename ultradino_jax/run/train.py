@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     with contextlib.ExitStack() as stack:
         plan = make_plan(config, len(jax.devices()))
         with as_user_error():
-            mesh = make_mesh(config.mesh.fsdp)
+            mesh = make_mesh(**config.mesh)
         if is_main:
             stack.callback(Lock(workdir).close)
             record_config(config, workdir)
