@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 
 # What libraries that wrap the operating system's errors leave in their texts.
@@ -53,6 +54,36 @@ def as_user_error(prefix: str = "") -> Iterator[None]:
         raise UserError(prefix + _first_line(error)) from error
 
 
+# What Python, NumPy and JAX raise for a record that is not what it should be.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
+
+
+@contextlib.contextmanager
+def damaged(place: object) -> Iterator[None]:
+    """Whatever a damaged file makes the code inside raise becomes a UserError.
+
+    place: the file or folder, to be named. For the few lines that turn the contents of
+    a file into objects, and no others: they would hide a fault of the program.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        what = _first_line(error)
+        if isinstance(error, KeyError):
+            what = f"it lacks {what}"
+        raise UserError(f"{place}: its record is damaged: {what}") from error
+
+
 def user_line(error: BaseException) -> str | None:
     """The line for an error that a user can mend, None for a fault of the program."""
     if isinstance(error, UserError | OSError):
@@ -72,6 +103,11 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, AssertionError) and _no_backend():
         return f"{platforms}, but there is no such device here"
     return str(error.__cause__) if isinstance(error.__cause__, OSError) else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a host or a device ran out of memory."""
+    return isinstance(error, MemoryError) or _MEMORY in str(error)
 
 
 def _on_disk(text: str) -> bool:

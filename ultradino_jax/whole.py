@@ -46,13 +46,16 @@ def write_json(path: str | Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises UserError naming the file when it is cut or no JSON."""
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError naming the file when it holds none."""
     text = Path(path).read_bytes()
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:  # also of a byte that is no UTF-8
         raise UserError(f"{str(path)!r} is cut or not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object")
+    return value
 
 
 @contextlib.contextmanager
