@@ -49,7 +49,10 @@ def _networks(c: ConfigDict) -> None:
     c.model.pos_antialias = False  # [D]
     c.model.dtype = "bfloat16"  # [J] the reference runs in float16 with loss scaling
     c.model.unroll = 1  # [J] blocks per iteration of the scan
-    c.model.remat = "dots"  # [J] 'none', 'dots' (keep weight matmuls) or 'full'
+    # [J] 'none', 'matmuls' (no product with a weight is computed twice) or 'norms'
+    # (only normalised inputs are kept)
+    c.model.remat = "matmuls"
+    c.model.attention = "auto"  # [J] 'auto', 'xla', 'cudnn' or 'triton'
 
     c.head = ConfigDict()
     c.head.hidden_dim = 2048  # [D]

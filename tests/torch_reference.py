@@ -3,7 +3,7 @@
 `Reference` states the step of DINOv2 (`ssl_meta_arch.py` and what it calls) with
 today's fast PyTorch parts: scaled_dot_product_attention, fused AdamW, foreach EMA, the
 blocks run once, one pass of the head over all rows. test_benchmarks.py compares two of
-its steps with the reference's own.
+its steps with the reference's own. It runs where its tensors are.
 """
 
 import copy
@@ -17,8 +17,24 @@ CENTER_MOMENTUM = 0.9
 CLIP = 3.0
 
 
+def residual(x, branch, rate: float):
+    """x + branch(x), with a rate on a random subset of the rows (drop path).
+
+    DINOv2's `drop_add_residual_stochastic_depth`.
+    """
+    if not rate:
+        return x + branch(x)
+    b = len(x)
+    m = max(int(b * (1 - rate)), 1)
+    rows = torch.randperm(b, device=x.device)[:m]
+    update = branch(x[rows]).flatten(1).to(x.dtype)
+    return torch.index_add(x.flatten(1), 0, rows, update, alpha=b / m).view_as(x)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale."""
+
+    drop_path = 0.0
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -33,15 +49,23 @@ class Block(nn.Module):
         self.ls1 = nn.ParameterDict({"gamma": torch.ones(dim)})
         self.ls2 = nn.ParameterDict({"gamma": torch.ones(dim)})
 
-    def forward(self, x):
-        """[B,T,D] -> [B,T,D]."""
+    def attention(self, x):
+        """The first branch, [B,T,D] -> [B,T,D]."""
         b, t, d = x.shape
         qkv = self.attn["qkv"](self.norm1(x)).view(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d)
-        x = x + self.attn["proj"](y) * self.ls1["gamma"]
+        return self.attn["proj"](y) * self.ls1["gamma"]
+
+    def perceptron(self, x):
+        """The second branch, [B,T,D] -> [B,T,D]."""
         y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + y * self.ls2["gamma"]
+        return y * self.ls2["gamma"]
+
+    def forward(self, x):
+        """[B,T,D] -> [B,T,D]."""
+        x = residual(x, self.attention, self.drop_path)
+        return residual(x, self.perceptron, self.drop_path)
 
 
 class Backbone(nn.Module):
@@ -108,14 +132,15 @@ class Head(nn.Module):
 
 
 def koleo(x):
-    """-mean ln distance to the nearest neighbour of unit rows [b,D]."""
-    x = F.normalize(x, eps=1e-8)
-    with torch.no_grad():
-        dots = x @ x.T
-        dots.fill_diagonal_(-1)
-        nearest = dots.argmax(1)
-    distance = F.pairwise_distance(x, x[nearest], eps=1e-8)
-    return -torch.log(distance + 1e-8).mean()
+    """-mean ln distance to the nearest neighbour of unit rows [b,D], in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), eps=1e-8)
+        with torch.no_grad():
+            dots = x @ x.T
+            dots.fill_diagonal_(-1)
+            nearest = dots.argmax(1)
+        distance = F.pairwise_distance(x, x[nearest], eps=1e-8)
+        return -torch.log(distance + 1e-8).mean()
 
 
 def multipliers(name: str, depth: int) -> tuple[float, float]:
@@ -138,19 +163,32 @@ class Reference:
     """Student, EMA teacher, losses and optimiser; `step` is one training step.
 
     state: {'backbone.*', 'dino_head.*'} tensors of the student; the teacher starts as
-    teacher_scale times the student.
+    teacher_scale times the student. drop_path: the student's rate. half: networks and
+    losses under bfloat16 autocast.
     """
 
-    def __init__(self, state: dict, heads: int, teacher_scale: float = 1.0):
+    def __init__(
+        self,
+        state: dict,
+        heads: int,
+        teacher_scale: float = 1.0,
+        *,
+        drop_path: float = 0.0,
+        half: bool = False,
+    ):
         parts = {
             "backbone": Backbone(split(state, "backbone."), heads),
             "dino_head": Head(split(state, "dino_head.")),
         }
-        self.student = nn.ModuleDict(parts)
+        self.student, self.half = nn.ModuleDict(parts), half
+        self.student.to(state["backbone.cls_token"].device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for block in self.student["backbone"].blocks:
+            block.drop_path = drop_path
         torch._foreach_mul_(list(self.teacher.parameters()), teacher_scale)
-        k = len(self.student["dino_head"].last_layer["weight_g"])
-        self.centers = {"dino": torch.zeros(k), "ibot": torch.zeros(k)}
+        gain = self.student["dino_head"].last_layer["weight_g"].detach()
+        zeros = torch.zeros_like(gain[:, 0])
+        self.centers = {"dino": zeros, "ibot": zeros}
         depth, groups = len(self.student["backbone"].blocks), {}
         for name, parameter in self.student.named_parameters():
             key = (*multipliers(name, depth), "last_layer" in name)
@@ -172,7 +210,7 @@ class Reference:
         for name, z in parts.items():
             probs[name] = F.softmax((z - self.centers[name]) / temp, -1)
             self.centers[name] = torch.lerp(
-                z.mean(0), self.centers[name], CENTER_MOMENTUM
+                z.mean(0, dtype=torch.float32), self.centers[name], CENTER_MOMENTUM
             )
         return probs["dino"].unflatten(0, (2, -1)), probs["ibot"]
 
@@ -202,7 +240,9 @@ class Reference:
 
     def step(self, batch, hyper: dict) -> dict:
         """One training step on fixed tensors; the loss terms as floats."""
-        terms = self.losses(batch, hyper["temp"])
+        kind = batch["masks"].device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.half):
+            terms = self.losses(batch, hyper["temp"])
         self.optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         for name, module in self.student.items():

@@ -28,19 +28,19 @@ from ultradino_jax.models.vit import build_vit
 from ultradino_jax.weights.backbone import Backbone
 
 
-def vit_small() -> Backbone:
-    """ViT-S/16 with random parameters, three channels as timm's."""
-    model = build_vit("small", num_registers=0)
+def random_backbone(variant: str = "small", dtype=jnp.float32) -> Backbone:
+    """A ViT/16 with random parameters, three channels as timm's."""
+    model = build_vit(variant, num_registers=0, dtype=dtype)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Backbone(model, params["params"], 224, 3, mean, std, name="vit_small")
+    return Backbone(model, params["params"], 224, 3, mean, std, name=f"vit_{variant}")
 
 
 def extraction(args) -> dict:
     """Images per second of both, and the median of each round's ratio of times."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (args.images, 384, 512), dtype=np.uint8)
-    backbone, rounds = vit_small(), args.images // args.batch
+    backbone, rounds = random_backbone(), args.images // args.batch
     script = str(Path(__file__).with_name("timm_forward.py"))
     peer = None
     if args.timm_python:

@@ -33,17 +33,16 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags
-from einops import rearrange
 from ml_collections import config_flags
 
 from configs import pretrain_vits
+from experiments.benchmarks.torch_input import write_input
 from experiments.benchmarks.turns import Worker, share_cores
 from ultradino_jax.pretraining.step import init_state
 from ultradino_jax.run.feed import pipeline
 from ultradino_jax.run.plan import make_plan
 from ultradino_jax.run.program import compiled_step, executable
 from ultradino_jax.sharding import batch_sharding, make_mesh, replicated
-from ultradino_jax.weights.meta import dino_head_state, vit_state
 
 PEERS = ("torch-reference", "lightly-train")
 TERMS = ("dino_local", "dino_global", "koleo", "ibot")
@@ -128,34 +127,6 @@ def serve_ours(config) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def write_input(config, path: Path) -> None:
-    """Initial weights, batch and hyper-parameters as torch_step.py reads them."""
-    plan = make_plan(config, 1)
-    if plan.groups != 1 or config.ibot.separate_head:
-        raise ValueError("the peers know one group and one head")
-    state = jax.jit(plan.modules.init, static_argnums=1)(
-        jax.random.key(config.seed), config.data.channels
-    )
-    backbone = vit_state(state["backbone"], patch_size=config.model.patch_size)
-    arrays = {f"student/backbone.{k}": v for k, v in backbone.items()}
-    head = dino_head_state(state["dino_head"])
-    arrays |= {f"student/dino_head.{k}": v for k, v in head.items()}
-    batch = fixed_batch(plan)
-    for name in ("global_crops", "local_crops"):
-        crops = np.asarray(plan.objective.normalise(batch[name]))
-        arrays[f"batch/{name}"] = rearrange(crops, "1 v b h w c -> (v b) c h w")
-    real = batch["mask_weights"][0] > 0
-    arrays["batch/masks"] = rearrange(batch["masks"], "1 v b n -> (v b) n")
-    arrays["batch/mask_indices"] = batch["mask_indices"][0, real].astype(np.int64)
-    arrays["batch/mask_weights"] = batch["mask_weights"][0, real]
-    names = {"lr": "lr", "last_layer_lr": "last_layer_lr", "wd": "weight_decay"}
-    names |= {"mom": "ema_momentum", "temp": "teacher_temp"}
-    for name, schedule in names.items():
-        arrays[f"hyper/{name}"] = np.asarray(plan.schedules[schedule](0), np.float64)
-    arrays["heads"] = np.asarray(plan.modules.backbone.num_heads, np.int64)
-    np.savez(path, allow_pickle=False, **arrays)
-
-
 def start_workers(folder: Path) -> dict[str, Worker]:
     """Every system asked for, ready to step; ours first."""
     ours = [sys.executable, "-m", "experiments.benchmarks.step", *sys.argv[1:]]
@@ -171,7 +142,8 @@ def start_workers(folder: Path) -> dict[str, Worker]:
             raise app.UsageError("--peer=lightly-train needs --lightly_python")
         path = folder / "input.npz"
         if not path.exists():
-            write_input(CONFIG.value, path)
+            plan = make_plan(CONFIG.value, 1)
+            write_input(CONFIG.value, plan, fixed_batch(plan), path)
         command = [pythons[peer], script, peer, str(path), str(THREADS.value)]
         commands[peer] = command
     workers = {}

@@ -2,13 +2,14 @@
 # pyright: reportMissingImports=false
 """The peers of step.py: a DINOv2 training step in PyTorch, served over a pipe.
 
-    PYTHON torch_step.py (torch-reference|lightly-train) INPUT.npz THREADS
+    PYTHON torch_step.py (torch-reference|lightly-train) INPUT.npz THREADS [DEVICE]
 
 Runs in an environment of its own (torch and numpy, or lightly-train) and imports of
 this project only tests/torch_reference.py, which needs no more. INPUT.npz is what
 step.py writes: the student's state dict in facebookresearch/dinov2's names, one batch
 of normalised crops with its masks, and the schedules' values. Each line 'step' on stdin
-runs one step; the answer is one JSON line.
+runs one step; the answer is one JSON line. DEVICE is 'cpu', 'cuda' or 'auto'; on CUDA
+networks and losses run under bfloat16 autocast, and the peak is that of the GPU.
 """
 
 import json
@@ -34,7 +35,7 @@ class Lightly:
     masks are handed in, so that it works on as many patches as the others.
     """
 
-    def __init__(self, state: dict, heads: int):
+    def __init__(self, state: dict, heads: int, *, drop_path: float, half: bool):
         from lightly_train._methods.dinov2 import dinov2
         from lightly_train._models.dinov2_vit.dinov2_vit import DINOv2ViTModelWrapper
         from lightly_train._models.dinov2_vit.dinov2_vit_src.models import (
@@ -69,7 +70,9 @@ class Lightly:
             global_batch_size=4,
             num_input_channels=channels,
         )
-        self.module = dinov2
+        self.module, self.half = dinov2, half
+        self.device = state["backbone.cls_token"].device
+        self.method.to(self.device)
         run = SimpleNamespace(
             global_step=2000, estimated_stepping_batches=125_000, max_epochs=100
         )
@@ -87,7 +90,8 @@ class Lightly:
             "mask_indices_list": batch["mask_indices"],
             "masks_weight": batch["mask_weights"],
         }
-        result = method.training_step_impl({"views": views}, 0)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            result = method.training_step_impl({"views": views}, 0)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         nn.utils.clip_grad_norm_(
@@ -105,22 +109,30 @@ class Lightly:
 
 def main() -> None:
     """Build the peer, say 'ready', then one step per line until the pipe closes."""
-    kind, path, threads = sys.argv[1:]
+    kind, path, threads, *where = sys.argv[1:]
     torch.set_num_threads(int(threads))
+    device = where[0] if where else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     with np.load(path) as arrays:
-        tensors = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+        tensors = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files}
     batch, hyper = split(tensors, "batch/"), split(tensors, "hyper/")
     hyper = {k: float(v) for k, v in hyper.items()}
     make = {"torch-reference": Reference, "lightly-train": Lightly}[kind]
     torch.manual_seed(0)
-    peer = make(split(tensors, "student/"), int(tensors["heads"]))
+    options = {"drop_path": float(tensors["drop_path"]), "half": device == "cuda"}
+    peer = make(split(tensors, "student/"), int(tensors["heads"]), **options)
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if device == "cuda":
+        versions["device"] = torch.cuda.get_device_name()
     print(json.dumps(versions), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         terms = peer.step(batch, hyper)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        if device == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 1e9
         answer = {"seconds": seconds, "terms": terms, "peak_gb": peak}
         print(json.dumps(answer), flush=True)
 

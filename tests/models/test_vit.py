@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sizes import below, dino_head_of, vit_of
-from ultradino_jax.models.block import pack, subset_residual, unpack
 from ultradino_jax.models.dino_head import DINOHead
+from ultradino_jax.models.packing import layout_of, pack, random_subset, unpack
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
 from ultradino_jax.models.vit import ViT, build_vit
 from ultradino_jax.tree import flat_names
@@ -132,27 +132,68 @@ def test_parameter_counts_are_the_published_ones(variant, backbone, head):
 
 
 def test_drop_path_runs_an_exact_subset_of_each_group():
-    x = jnp.arange(24, dtype=jnp.float32).reshape(24, 1, 1)
-    seen = []
-
-    def branch(views):
-        seen.extend(y.shape[0] for y in views)
-        return tuple(map(jnp.ones_like, views))
+    layout = layout_of([(24, 1)], 2)
+    x = jnp.arange(layout.rows * 2, dtype=jnp.float32).reshape(2, layout.rows, 1)
+    kept = int(12 * 0.7)
 
     def update(key):
-        (out,) = subset_residual((x,), branch, [key], rate=0.3, groups=2)
-        return out - x
+        subset = random_subset([key], layout, 0.3)
+        assert subset.layout.views == ((kept, 1),)
+        return subset.back(jnp.ones_like(subset.of(x)))
 
-    out = update(jax.random.key(1))
-    per_group = np.asarray(out).reshape(2, 12)
-    kept = int(12 * 0.7)
-    assert seen == [2 * kept]
+    per_group = np.asarray(update(jax.random.key(1)))[:, :12, 0]
     assert (np.isclose(per_group, 12 / kept).sum(axis=1) == kept).all()
     assert (np.isclose(per_group, 0).sum(axis=1) == 12 - kept).all()
     # Each row's expected update is the branch itself.
     keys = jax.random.split(jax.random.key(2), 2000)
-    mean = jax.vmap(update)(keys).mean(axis=0)
+    mean = jax.vmap(update)(keys).mean(axis=0)[:, :12]
     np.testing.assert_allclose(mean, 1.0, atol=0.06)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=3),
+    st.floats(0, 0.95),
+    st.integers(0, 99),
+)
+def test_a_subset_takes_whole_sequences_and_puts_them_back(groups, views, rate, seed):
+    layout = layout_of([(groups * r, t) for r, t in views], groups)
+    keys = jax.random.split(jax.random.key(seed), len(views))
+    subset = random_subset(keys, layout, rate)
+    x = np.arange(1, groups * layout.rows + 1, dtype=np.float32)
+    x = x.reshape(groups, layout.rows, 1)
+    taken, back = np.asarray(subset.of(x)), np.asarray(subset.back(subset.of(x)))
+    assert taken.shape == (groups, subset.layout.rows, 1)
+    assert (taken[:, subset.layout.used :] == 0).all()
+    for w in range(groups):
+        places = zip(layout.views, layout.starts, subset.layout.views, strict=True)
+        for (r, t), start, (m, _) in places:
+            assert m == max(int(r * (1 - rate)), 1)
+            rows = back[w, start : start + r * t, 0].reshape(r, t)
+            full = x[w, start : start + r * t, 0].reshape(r, t) * np.float32(r / m)
+            there = (rows == full).all(axis=1)
+            assert there.sum() == m
+            assert (rows[~there] == 0).all()
+
+    # The gradient is that of plain indexing, which adds by scatter.
+    def loss(x, of, back):
+        return jnp.sin(back(jnp.cos(of(x)))).sum()
+
+    def plain_back(y):
+        wide = jnp.zeros_like(x)
+        put = jax.vmap(lambda a, i, v: a.at[i].add(v, mode="drop"))
+        return put(wide, subset.rows, y) * subset.scale
+
+    def plain_of(x):
+        return jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(
+            x, subset.rows
+        )
+
+    ours = jax.grad(loss)(x, subset.of, subset.back)
+    np.testing.assert_allclose(
+        ours, jax.grad(loss)(x, plain_of, plain_back), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_training_pass_differs_and_plain_pass_ignores_drop_path(vit):
@@ -204,7 +245,7 @@ def test_rematerialisation_and_unrolling_change_no_gradient(vit):
         return jax.jit(jax.grad(loss))(variables["params"])
 
     plain = gradient()
-    for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": SMALL.depth}):
+    for options in ({"remat": "norms"}, {"remat": "matmuls"}, {"unroll": SMALL.depth}):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
             plain,
@@ -294,12 +335,13 @@ def test_packing_keeps_every_group_to_itself(groups, sizes):
         np.arange(groups * r * t, dtype=np.float32).reshape(groups * r, t, 1) + 100 * i
         for i, (r, t) in enumerate(sizes)
     ]
-    packed = pack(views, groups)
-    for ours, theirs in zip(
-        unpack(packed, [v.shape[:2] for v in views], groups), views, strict=True
-    ):
+    layout = layout_of([v.shape[:2] for v in views], groups)
+    packed = np.asarray(pack(views, layout))
+    assert packed.shape[1] % 8 == 0
+    for ours, theirs in zip(unpack(packed, layout), views, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    if len(views) > 1:
-        for i, group in enumerate(np.asarray(packed)):
-            expected = [np.split(v, groups)[i].ravel() for v in views]
-            np.testing.assert_array_equal(group.ravel(), np.concatenate(expected))
+    for i, group in enumerate(packed):
+        expected = [np.split(v, groups)[i].ravel() for v in views]
+        expected = np.concatenate(expected)
+        np.testing.assert_array_equal(group.ravel()[: len(expected)], expected)
+        assert not group.ravel()[len(expected) :].any()

@@ -1,132 +1,56 @@
-"""The transformer block of the ViTs, on one batch of tokens or several packed together.
+"""The transformer block of the ViTs, on rows of tokens packed together.
 
 Behaviour follows facebookresearch/dinov2 `layers/block.py` (pre-norm, LayerScale,
 batch-subset drop path, lists of crops of several sizes).
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
-trunc_normal = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+from ultradino_jax.models.attention import keeps, packed_attention, split_heads
+from ultradino_jax.models.ops import Dense, LayerNorm, gelu_product, product
+from ultradino_jax.models.packing import Layout, random_subset, unpack
 
-
-def subset_residual(views, branch, keys, *, rate: float, groups: int):
-    """x + branch(x) on a random subset of the rows of each group (drop path).
-
-    views: arrays [B,T,D], B a multiple of `groups`; branch: such a tuple -> updates of
-    the same shapes; keys: one for each view. Of the r = B/groups rows of a group
-    exactly m = max(int(r(1-rate)),1) run through the branch, their result scaled by
-    r/m; the others pass unchanged and cost nothing. Indices never leave a group, so a
-    group that lives on one device needs no communication. Source: DINOv2
-    `drop_add_residual_stochastic_depth`, where a group is a GPU.
-    """
-    grouped = [rearrange(x, "(w r) t d -> w r t d", w=groups) for x in views]
-    chosen, subsets = [], []
-    for x, key in zip(grouped, keys, strict=True):
-        r = x.shape[1]
-        m = max(int(r * (1 - rate)), 1)
-        rows = jnp.argsort(jax.random.uniform(key, (groups, r)), axis=1)[:, :m]
-        subset = jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
-        chosen.append(rows)
-        subsets.append(rearrange(subset, "w m t d -> (w m) t d"))
-    out = []
-    for x, rows, update in zip(grouped, chosen, branch(tuple(subsets)), strict=True):
-        update = update * (x.shape[1] / rows.shape[1])
-        update = rearrange(update, "(w m) t d -> w m t d", w=groups).astype(x.dtype)
-        x = jax.vmap(lambda a, i, u: a.at[i].add(u, unique_indices=True))(
-            x, rows, update
-        )
-        out.append(rearrange(x, "w r t d -> (w r) t d"))
-    return tuple(out)
-
-
-def pack(views, groups: int):
-    """Arrays [B,T,D] of W groups -> [W,R,D], a group's tokens one after the other.
-
-    Crops of two sizes then share every matrix product: half the launches, and one
-    gradient of each weight to send between devices. A single array stays as it is.
-    """
-    if len(views) == 1:
-        return views[0]
-    flat = [rearrange(x, "(w r) t d -> w (r t) d", w=groups) for x in views]
-    return jnp.concatenate(flat, axis=1)
-
-
-def unpack(x, shapes, groups: int):
-    """The inverse of `pack` for views of these (B,T): [W,R,F] -> arrays [B,T,F]."""
-    if len(shapes) == 1:
-        return (x,)
-    ends = np.cumsum([b * t // groups for b, t in shapes])[:-1]
-    parts = jnp.split(x, ends, axis=1)
-    return tuple(
-        rearrange(part, "w (r t) f -> (w r) t f", t=t)
-        for part, (_, t) in zip(parts, shapes, strict=True)
-    )
-
-
-@jax.custom_vjp
-def gelu(x):
-    """x Phi(x), exact, in float32 whatever x is; same shape and dtype.
-
-    By erf as torch has it; JAX's own goes through erfc, which costs XLA several times
-    as much. The backward pass keeps x alone and computes Phi(x) + x phi(x) from it.
-    """
-    z = x.astype(jnp.float32)
-    return (0.5 * z * (1 + jax.lax.erf(z * 2**-0.5))).astype(x.dtype)
-
-
-def _gelu_backward(x, cotangent):
-    z = x.astype(jnp.float32)
-    slope = 0.5 * (1 + jax.lax.erf(z * 2**-0.5))
-    slope = slope + z * jnp.exp(-0.5 * z * z) * (2 * np.pi) ** -0.5
-    return ((cotangent * slope).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+# What each setting of `remat` keeps for the backward pass, besides parameters.
+NORMS = ("normalised", "norm_inverse")
+MATMULS = (*NORMS, "qkv", "attention", "lse", "fc1")
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on [B,T,D] with a fused qkv projection."""
+    """Multi-head self-attention with a fused qkv projection."""
 
     num_heads: int
     dtype: Any
+    implementation: str
 
     def logit_bias(self) -> Any:
         """What is added to the attention logits: [A,T,T], or None for nothing."""
         return None
 
     @nn.compact
-    def __call__(self, x, shapes=None, groups: int = 1):
-        """[B,T,D] -> [B,T,D], or packed views of these `shapes` (B,T) -> the same.
+    def __call__(self, x, layout: Layout, affine=None, gain=None):
+        """Packed [W,R,D] -> [W,R,D]; affine, gain: see `Dense.weights`.
 
-        Tokens attend to those of their own row. Sows softmax maps [B,A,T,T] when asked
-        to.
+        Sows softmax maps [B,A,T,T] of each view when asked to.
         """
         d = x.shape[-1]
-        shapes = shapes or (x.shape[:2],)
-        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=trunc_normal, name="qkv")(x)
+        qkv = Dense(3 * d, self.dtype, name="qkv")(x, affine)
+        qkv = checkpoint_name(qkv, "qkv")
         bias = self.logit_bias()
-        out = []
-        for part in unpack(qkv, shapes, groups):
-            q, k, v = rearrange(
-                part, "b t (three a e) -> three b t a e", three=3, a=self.num_heads
-            )
-            if self.is_mutable_collection("intermediates"):
+        if self.is_mutable_collection("intermediates"):
+            for part in unpack(qkv, layout):
+                q, k, _ = split_heads(part, self.num_heads)
                 logits = jnp.einsum("btae,bsae->bats", q, k).astype(jnp.float32)
                 logits = logits * q.shape[-1] ** -0.5
                 logits = logits if bias is None else logits + bias
                 self.sow("intermediates", "attention", nn.softmax(logits))
-            added = None if bias is None else bias[None].astype(q.dtype)
-            y = jax.nn.dot_product_attention(q, k, v, bias=added)
-            out.append(rearrange(y, "b t a e -> b t (a e)"))
-        x = pack(out, groups)
-        return nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="proj")(x)
+        y = packed_attention(qkv, layout, self.num_heads, self.implementation, bias)
+        return Dense(d, self.dtype, name="proj")(y, gain=gain)
 
 
 class Mlp(nn.Module):
@@ -136,27 +60,25 @@ class Mlp(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
-        """[B,T,D] -> [B,T,D]."""
+    def __call__(self, x, affine=None, gain=None):
+        """[..,D] -> [..,D]; affine, gain: see `Dense.weights`."""
         d = x.shape[-1]
-        x = nn.Dense(
-            self.ratio * d, dtype=self.dtype, kernel_init=trunc_normal, name="fc1"
-        )(x)
-        return nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="fc2")(
-            gelu(x)
-        )
+        kernel, bias = Dense(self.ratio * d, self.dtype, name="fc1").weights(d, affine)
+        x = checkpoint_name(product(x.astype(self.dtype), kernel), "fc1")
+        last = Dense(d, self.dtype, name="fc2")
+        kernel, last_bias = last.weights(self.ratio * d, gain=gain)
+        return gelu_product(x, bias, kernel) + last_bias.astype(self.dtype)
 
 
 class LayerScale(nn.Module):
-    """Per-channel gain on a residual branch."""
+    """Per-channel gain on a residual branch, as its parameter alone."""
 
     start: float
 
     @nn.compact
-    def __call__(self, x):
-        """[B,T,D] -> [B,T,D]."""
-        gamma = self.param("gamma", nn.initializers.constant(self.start), x.shape[-1:])
-        return x * gamma.astype(x.dtype)
+    def __call__(self, features: int):
+        """-> gamma float32 [features]."""
+        return self.param("gamma", nn.initializers.constant(self.start), (features,))
 
 
 class Block(nn.Module):
@@ -170,18 +92,18 @@ class Block(nn.Module):
     mlp_ratio: int
     layerscale: float | None
     drop_path: float
-    groups: int
+    layout: Layout
     taps: bool
     dtype: Any
+    implementation: str
 
     def attention(self) -> Attention:
         """The block's attention module."""
-        return Attention(self.num_heads, self.dtype)
+        return Attention(self.num_heads, self.dtype, self.implementation)
 
     def setup(self):
         """Name the parameters as the reference does."""
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=jnp.float32)
-        self.norm1, self.norm2 = norm(), norm()
+        self.norm1, self.norm2 = LayerNorm(self.dtype), LayerNorm(self.dtype)
         self.attn = self.attention()
         self.mlp = Mlp(self.mlp_ratio, self.dtype)
         if self.layerscale is not None:
@@ -189,46 +111,59 @@ class Block(nn.Module):
             self.ls2 = LayerScale(self.layerscale)
 
     def __call__(self, x, rate) -> tuple[Any, Any]:
-        """x: [B,T,D] or a tuple of such views -> (the same, x or None as the stack).
+        """x: packed float32 [W,R,D] -> (the same, x or None as the stack).
 
         rate: this block's own drop path rate, or None where all blocks share one.
         """
-        views = x if isinstance(x, tuple) else (x,)
+        scaled, d = self.layerscale is not None, x.shape[-1]
 
-        def attention(views):
-            shapes = tuple(v.shape[:2] for v in views)
-            y = self.norm1(pack(views, self.groups)).astype(self.dtype)
-            y = self.attn(y, shapes, self.groups)
-            y = self.ls1(y) if self.layerscale is not None else y
-            return unpack(y, shapes, self.groups)
+        def attention(y, layout):
+            y, affine = self.norm1(y)
+            return self.attn(y, layout, affine, self.ls1(d) if scaled else None)
 
-        def mlp(views):
-            y = self.norm2(pack(views, self.groups)).astype(self.dtype)
-            y = self.mlp(y)
-            y = self.ls2(y) if self.layerscale is not None else y
-            return unpack(y, tuple(v.shape[:2] for v in views), self.groups)
+        def mlp(y, layout):
+            del layout
+            return self.mlp(*self.norm2(y), self.ls2(d) if scaled else None)
 
         for branch in (attention, mlp):
-            if rate is None and self.drop_path == 0:
-                updates = branch(views)
-                views = tuple(
-                    v + u.astype(v.dtype) for v, u in zip(views, updates, strict=True)
-                )
-                continue
-            key = self.make_rng("drop_path")
-            keys = [key] if len(views) == 1 else jax.random.split(key, len(views))
-            if rate is None:
-                views = subset_residual(
-                    views, branch, keys, rate=self.drop_path, groups=self.groups
-                )
-                continue
-            kept = [
-                jax.random.bernoulli(k, 1 - rate, (len(v), 1, 1)) / (1 - rate)
-                for k, v in zip(keys, views, strict=True)
-            ]
-            views = tuple(
-                v + (u * scale).astype(v.dtype)
-                for v, u, scale in zip(views, branch(views), kept, strict=True)
-            )
-        x = views if isinstance(x, tuple) else views[0]
+            x = self.residual(x, branch, rate)
         return x, (x if self.taps else None)
+
+    def residual(self, x, branch, rate):
+        """x + branch(x), with drop path."""
+        layout = self.layout
+        if rate is None and self.drop_path == 0:
+            return x + branch(x, layout).astype(x.dtype)
+        key, views = self.make_rng("drop_path"), len(layout.views)
+        keys = [key] if views == 1 else jax.random.split(key, views)
+        if rate is None:
+            subset = random_subset(keys, layout, self.drop_path)
+            update = branch(subset.of(x), subset.layout)
+            return x + subset.back(update.astype(x.dtype))
+        kept = [np.zeros((layout.groups, layout.rows - layout.used, 1), np.float32)]
+        for k, (r, t) in zip(reversed(keys), reversed(layout.views), strict=True):
+            shape = (layout.groups * r, 1, 1)
+            scale = jax.random.bernoulli(k, 1 - rate, shape) / (1 - rate)
+            kept.insert(0, jnp.repeat(scale.reshape(layout.groups, r, 1), t, axis=1))
+        update = branch(x, layout)
+        return x + (update * jnp.concatenate(kept, axis=1)).astype(x.dtype)
+
+
+def rematerialised(block, remat: str, *, unrolled: bool):
+    """The block class with a choice of what its backward pass computes anew.
+
+    remat: 'none' keeps all; 'matmuls' keeps enough to compute no product with a weight
+    twice; 'norms' keeps the normalised inputs of both branches alone.
+    Raises ValueError for another one.
+    """
+    saved = {"none": None, "matmuls": MATMULS, "norms": NORMS}
+    if remat not in saved:
+        raise ValueError(f"remat must be one of {', '.join(saved)}, not {remat!r}")
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(*saved[remat])
+    if remat == "matmuls":
+        policy = policies.save_from_both_policies(policy, keeps)
+    # A loop keeps XLA from joining what is computed anew with the first computation.
+    return nn.remat(block, policy=policy, prevent_cse=unrolled)

@@ -1,12 +1,13 @@
 """Projection head shared by the DINO and iBOT losses."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ultradino_jax.models.block import gelu, trunc_normal
+from ultradino_jax.models.ops import Dense, gelu_product, product
 
 
 def _column_sums(x):
@@ -62,16 +63,42 @@ class Prototypes(nn.Module):
         return weight_norm(v, g)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def prototype_logits(features, kernel, dtype):
     """Unit features [..,E] times a head's kernel [E,K] -> logits [..,K], float32.
 
-    Both operands are cast to `dtype`; the sums are float32.
+    Both operands are cast to `dtype`, in the backward pass the gradient of the logits
+    too; the sums are float32.
     """
+    return _prototype_logits(features, kernel, dtype)
+
+
+def _prototype_logits(features, kernel, dtype):
     return jnp.matmul(
         features.astype(dtype),
         kernel.astype(dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def _prototype_logits_backward(dtype, kept, g):
+    features, kernel = kept
+    rows, g = features.astype(dtype), g.astype(dtype)
+    for_rows = jnp.matmul(
+        g, kernel.astype(dtype).T, preferred_element_type=jnp.float32
+    )
+    rows, g = rows.reshape(-1, rows.shape[-1]), g.reshape(-1, g.shape[-1])
+    for_kernel = jnp.matmul(rows.T, g, preferred_element_type=jnp.float32)
+    return for_rows.astype(features.dtype), for_kernel.astype(kernel.dtype)
+
+
+prototype_logits.defvjp(
+    lambda features, kernel, dtype: (
+        _prototype_logits(features, kernel, dtype),
+        (features, kernel),
+    ),
+    _prototype_logits_backward,
+)
 
 
 class DINOHead(nn.Module):
@@ -90,16 +117,17 @@ class DINOHead(nn.Module):
     def setup(self):
         """Layers mlp_0.. and last_layer."""
         sizes = [self.hidden_dim] * (self.num_layers - 1) + [self.bottleneck_dim]
-        self.mlp = [
-            nn.Dense(size, dtype=self.dtype, kernel_init=trunc_normal) for size in sizes
-        ]
+        self.mlp = [Dense(size, self.dtype) for size in sizes]
         self.last_layer = Prototypes(self.bottleneck_dim, self.num_prototypes)
 
     def features(self, x):
         """Backbone tokens [..,D] -> unit vectors [..,E] in float32."""
-        for layer in self.mlp[:-1]:
-            x = gelu(layer(x))
-        x = self.mlp[-1](x).astype(jnp.float32)
+        x = x.astype(self.dtype)
+        for i, layer in enumerate(self.mlp):
+            kernel, next_bias = layer.weights(x.shape[-1])
+            x = gelu_product(x, bias, kernel) if i else product(x, kernel)
+            bias = next_bias
+        x = x.astype(jnp.float32) + bias
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
     def kernel(self):

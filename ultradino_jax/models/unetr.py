@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from ultradino_jax.models.block import Mlp, trunc_normal
+from ultradino_jax.models.block import Mlp
 from ultradino_jax.models.layers import Upsample
+from ultradino_jax.models.ops import trunc_normal
 from ultradino_jax.models.unet import pad_to_multiple
 
 PATCH = 16

@@ -17,7 +17,9 @@ import numpy as np
 from einops import rearrange
 from scipy.interpolate import make_interp_spline
 
-from ultradino_jax.models.block import Attention, Block, trunc_normal
+from ultradino_jax.models.block import Attention, Block
+from ultradino_jax.models.ops import Dense, trunc_normal
+from ultradino_jax.models.packing import layout_of, pack, unpack, unpack_last
 from ultradino_jax.models.vit import ViTOutput, image_patches
 
 
@@ -121,7 +123,9 @@ class RelativeBlock(Block):
 
     def attention(self) -> RelativeAttention:
         """The block's attention module."""
-        return RelativeAttention(self.num_heads, self.dtype, self.window, self.grid)
+        return RelativeAttention(
+            self.num_heads, self.dtype, self.implementation, self.window, self.grid
+        )
 
 
 class USFM(nn.Module):
@@ -173,11 +177,11 @@ class USFM(nn.Module):
             raise ValueError("USFM takes no masks: it is not pretrained here")
         b, d = len(images), self.embed_dim
         patches, grid = image_patches(images, self.patch_size)
-        x = nn.Dense(d, dtype=self.dtype, kernel_init=trunc_normal, name="patch_embed")
-        x = x(patches.astype(self.dtype)).astype(jnp.float32)
+        x = Dense(d, self.dtype, name="patch_embed")(patches).astype(jnp.float32)
         cls_token = self.param("cls_token", trunc_normal, (1, 1, d))
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (b, 1, d)), x], axis=1)
         side = self.image_size // self.patch_size
+        layout = layout_of([x.shape[:2]], groups)
         blocks = nn.scan(
             RelativeBlock,
             variable_axes={"params": 0, "intermediates": 0},
@@ -189,14 +193,16 @@ class USFM(nn.Module):
             mlp_ratio=self.mlp_ratio,
             layerscale=self.layerscale,
             drop_path=self.drop_path if train else 0.0,
-            groups=groups,
+            layout=layout,
             taps=layers is not None,
             dtype=self.dtype,
+            implementation="xla",  # the others know no bias
             window=(side, side),
             grid=grid,
             name="blocks",
         )
-        x, taps = blocks(x, None)
+        x, taps = blocks(pack([x], layout), None)
+        [x] = unpack(x, layout)
         if layers is not None:
-            taps = taps[np.asarray(layers)]
+            taps = unpack_last(taps[np.asarray(layers)], layout)
         return ViTOutput(x[:, 1:].mean(axis=1), x[:, 1:1], x[:, 1:], x, taps)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from ultradino_jax.models.block import Block, trunc_normal
+from ultradino_jax.models.block import Block, rematerialised
+from ultradino_jax.models.ops import Dense, LayerNorm, trunc_normal
+from ultradino_jax.models.packing import layout_of, pack, unpack, unpack_last
 from ultradino_jax.models.pos_embed import interpolate_pos_embed
 
 # embed_dim, depth, num_heads. `tiny` is the smoke and test size, not a published model.
@@ -72,7 +74,9 @@ class ViT(nn.Module):
       pos_offset, pos_antialias: how positions are interpolated; (0.1, False) is the
         pretraining default, (0.0, True) belongs to the published register models.
       dtype: compute dtype of the branches; parameters and residuals are float32.
-      unroll: scan unroll factor. remat: 'none', 'dots' (keep weight matmuls), 'full'.
+      attention: 'xla', 'cudnn' or 'triton'; see `models.attention`.
+      unroll: scan unroll factor. remat: 'none', 'matmuls' or 'norms'; see
+        `block.rematerialised`.
     """
 
     embed_dim: int
@@ -87,6 +91,7 @@ class ViT(nn.Module):
     pos_offset: float = 0.1
     pos_antialias: bool = False
     dtype: Any = jnp.float32
+    attention: str = "xla"
     unroll: int = 1
     remat: str = "none"
 
@@ -98,13 +103,7 @@ class ViT(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        embed = nn.Dense(
-            d,
-            dtype=self.dtype,
-            kernel_init=uniform,
-            bias_init=uniform,
-            name="patch_embed",
-        )
+        embed = Dense(d, self.dtype, uniform, uniform, name="patch_embed")
         token_init = nn.initializers.normal(1e-6)
         mask_token = self.param("mask_token", nn.initializers.zeros, (1, d))
         n0 = (self.image_size // p) ** 2
@@ -117,7 +116,7 @@ class ViT(nn.Module):
         tokens = []
         for images, mask in zip(views, masks, strict=True):
             patches, grid = image_patches(images, p)
-            x = embed(patches.astype(self.dtype)).astype(jnp.float32)
+            x = embed(patches).astype(jnp.float32)
             if mask is not None:
                 x = jnp.where(mask[..., None], mask_token, x)
             first = jnp.broadcast_to(cls_token, (len(x), 1, d))
@@ -154,17 +153,11 @@ class ViT(nn.Module):
         Raises ValueError when the image is not divisible by the patch size.
         """
         several = isinstance(images, tuple)
-        x = self._tokens(
+        tokens = self._tokens(
             images if several else (images,), masks if several else (masks,)
         )
-        x = x if several else x[0]
-        block = Block
-        if self.remat != "none":
-            policy = {
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                "full": jax.checkpoint_policies.nothing_saveable,
-            }[self.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        layout = layout_of([x.shape[:2] for x in tokens], groups)
+        block = rematerialised(Block, self.remat, unrolled=self.unroll > 1)
         drop_path = self.drop_path
         per_block = not isinstance(drop_path, int | float)
         blocks = nn.scan(
@@ -178,9 +171,10 @@ class ViT(nn.Module):
             self.mlp_ratio,
             self.layerscale,
             0.0 if per_block or not train else drop_path,
-            groups,
+            layout,
             layers is not None,
             self.dtype,
+            self.attention,
             name="blocks",
         )
         rates = None
@@ -190,10 +184,15 @@ class ViT(nn.Module):
                     f"{len(drop_path)} drop path rates for {self.depth} blocks"
                 )
             rates = jnp.asarray(drop_path, jnp.float32)
-        prenorm, taps = blocks(x, rates)
-        norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
+        x, taps = blocks(pack(tokens, layout), rates)
+        final_norm = LayerNorm(jnp.float32, name="norm")
+
+        def norm(x):
+            x, (scale, bias) = final_norm(x)
+            return x * scale + bias
+
         if layers is not None:
-            taps = taps[np.asarray(layers)]
+            taps = unpack_last(taps[np.asarray(layers)], layout)
             taps = norm(taps) if norm_layers else taps
         first = 1 + self.num_registers
 
@@ -201,7 +200,8 @@ class ViT(nn.Module):
             x = norm(prenorm)
             return ViTOutput(x[:, 0], x[:, 1:first], x[:, first:], prenorm, taps)
 
-        return tuple(map(output, prenorm)) if several else output(prenorm)
+        outputs = tuple(map(output, unpack(x, layout)))
+        return outputs if several else outputs[0]
 
 
 def build_vit(variant: str, **overrides) -> ViT:

@@ -130,8 +130,12 @@ def koleo_loss(x):
     dots = jnp.einsum("id,jd->ij", x, x, precision="highest")
     dots = jnp.where(jnp.eye(x.shape[0], dtype=bool), -1.0, dots)
     neighbour = jnp.argmax(jax.lax.stop_gradient(dots), axis=1)
+    # Picked by a product: the gradient of x[neighbour] would add the rows of a shared
+    # neighbour in an order that changes from run to run on a GPU.
+    picked = jax.nn.one_hot(neighbour, x.shape[0], dtype=x.dtype)
+    neighbours = jnp.matmul(picked, x, precision="highest")
     # torch's PairwiseDistance adds 1e-8 to each component of the difference.
-    distance = jnp.linalg.norm(x - x[neighbour] + 1e-8, axis=-1)
+    distance = jnp.linalg.norm(x - neighbours + 1e-8, axis=-1)
     return -jnp.log(distance + 1e-8).mean()
 
 

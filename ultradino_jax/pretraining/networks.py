@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ultradino_jax.models.dino_head import DINOHead
+from ultradino_jax.models.packing import take
 from ultradino_jax.models.vit import ViT
 
 
@@ -71,9 +72,21 @@ def forward_crops(modules, objective, params, *crops, masks=None, key=None):
     return results
 
 
-def gather_tokens(patch_tokens, mask_indices):
-    """Masked tokens of each group: [W,R,D], [W,M] -> [W,M,D]."""
-    return jnp.take_along_axis(patch_tokens, mask_indices[..., None], axis=1)
+def gather_tokens(patch_tokens, mask_indices, mask_weights):
+    """Masked tokens of each group: [W,R,D], [W,M] twice -> [W,M,D].
+
+    Padding, which weighs 0, takes some token and gives it no gradient.
+    """
+    num_rows = patch_tokens.shape[1]
+    nowhere = mask_indices.shape[1]
+
+    def place_of(index, weights):
+        index = jnp.where(weights > 0, index, num_rows)
+        place = jnp.arange(nowhere, dtype=jnp.int32)
+        return jnp.full(num_rows, nowhere, jnp.int32).at[index].set(place, mode="drop")
+
+    inverse = jax.vmap(place_of)(mask_indices, mask_weights)
+    return take(patch_tokens, mask_indices, inverse)
 
 
 def features_of(head, params, tokens):

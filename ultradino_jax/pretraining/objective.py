@@ -184,7 +184,7 @@ def teacher_targets(
     ibot_head, ibot_params = modules.ibot(teacher)
     dino = features_of(dino_head, dino_params, cls_token)
     dino = rearrange(dino, "w g b e -> w b g e")
-    masked_patches = gather_tokens(patches, batch["mask_indices"])
+    masked_patches = gather_tokens(patches, batch["mask_indices"], weights)
     ibot = features_of(ibot_head, ibot_params, masked_patches)
     images, masked = chunk_sizes(objective, batch)
 
@@ -256,16 +256,8 @@ def student_rows(modules, objective, student, batch, key) -> StudentRows:
     """Student's view of all crops, global ones masked."""
     forward = functools.partial(forward_crops, modules, objective, student)
     large, small, masks = (batch[k] for k in ("global_crops", "local_crops", "masks"))
-    if small.shape[1] == 0:
-        outputs = forward(large, masks=masks, key=key)
-    elif large.shape[0] > 1:
-        # Together: a weight's gradient is one sum, sent between devices once.
-        outputs = forward(large, small, masks=masks, key=key)
-    else:
-        # One group is on one device. Packing is for nothing, and costs a CPU a fifth.
-        keys = jax.random.split(key)
-        outputs = forward(large, masks=masks, key=keys[0])
-        outputs += forward(small, key=keys[1])
+    crops = (large, small) if small.shape[1] else (large,)
+    outputs = forward(*crops, masks=masks, key=key)
     cls_token, patches = outputs[0]
     local_cls = outputs[1][0] if small.shape[1] else cls_token[:, :0]
     images, masked = chunk_sizes(objective, batch)
@@ -275,7 +267,7 @@ def student_rows(modules, objective, student, batch, key) -> StudentRows:
         return rearrange(features, "w v b e -> w b v e")
 
     dino = DinoRows(image_features(cls_token), image_features(local_cls))
-    tokens = gather_tokens(patches, batch["mask_indices"])
+    tokens = gather_tokens(patches, batch["mask_indices"], batch["mask_weights"])
     ibot_head, ibot_params = modules.ibot(student)
     ibot = features_of(ibot_head, ibot_params, tokens)
     dino, ibot = chunks.in_chunks(dino, images), chunks.in_chunks(ibot, masked)

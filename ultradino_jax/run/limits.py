@@ -19,6 +19,7 @@ from ultradino_jax.limits import (
     pair,
     positive,
 )
+from ultradino_jax.models.attention import IMPLEMENTATIONS
 from ultradino_jax.models.vit import VARIANTS
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.pretraining.objective import CENTERINGS, Objective
@@ -57,8 +58,9 @@ LIMITS = {
     "model.pos_offset": number(0),
     "model.pos_antialias": FLAG,
     "model.dtype": choice(DTYPES),
+    "model.attention": choice(("auto", *IMPLEMENTATIONS)),
     "model.unroll": COUNT,
-    "model.remat": choice(("none", "dots", "full")),
+    "model.remat": choice(("none", "matmuls", "norms")),  # block.rematerialised
     **dict.fromkeys(OWN_SIZES, COUNT),
     "head.hidden_dim": COUNT,
     "head.bottleneck_dim": COUNT,

@@ -18,6 +18,7 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "RTX 4090": 165e12,
     "V100": 125e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -74,8 +75,13 @@ def peak_flops(
     device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
 ) -> float | None:
     """The device's bfloat16 peak in FLOP/s, None when it is not in the table."""
+    return peak_of(device.device_kind)
+
+
+def peak_of(kind: str) -> float | None:
+    """The same for a device's name."""
     for name, peak in PEAK_FLOPS.items():
-        if name.lower() in device.device_kind.lower():
+        if name.lower() in kind.lower():
             return peak
     return None
 

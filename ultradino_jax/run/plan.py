@@ -3,31 +3,29 @@
 import dataclasses
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ultradino_jax.data.crops import NUM_GLOBAL, CropConfig
 from ultradino_jax.data.masking import mask_buffer_length
-from ultradino_jax.data.phantom.source import PhantomSource
-from ultradino_jax.data.sources import CacheSource, open_source
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.health.alarms import Facts
 from ultradino_jax.health.checkups import HealthSettings
 from ultradino_jax.health.phantom_knn import KnnSettings
 from ultradino_jax.limits import check
+from ultradino_jax.models.attention import choose as choose_attention
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT, build_vit
-from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.pretraining.objective import Objective
-from ultradino_jax.run.limits import (
-    CACHE,
-    CROP_STYLES,
-    DTYPES,
-    LIMITS,
-    OPTIONAL,
-    WEIGHTS,
+from ultradino_jax.run.images import (
+    make_crops,
+    make_source,
+    normalization,
+    phantom_source,
 )
+from ultradino_jax.run.limits import DTYPES, LIMITS, OPTIONAL, WEIGHTS
 from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
@@ -73,75 +71,19 @@ class Plan:
         return self.feed.groups
 
 
-def normalization(name: str, source, channels: int):
-    """(mean, std) by name; 'cache' takes those measured when the cache was made.
+def make_backbone(config: ConfigDict, attention: str) -> ViT:
+    """The ViT of a config, its position grid sized for the global crops.
 
-    Raises UserError for statistics of another channel count, or 'cache' with a source
-    that has none.
+    attention: the implementation chosen for this device.
     """
-    if name == CACHE:
-        if not isinstance(source, CacheSource):
-            raise UserError(
-                "data.normalization='cache' needs data.root to be a prepared cache"
-            )
-        mean, std = tuple(source.manifest["mean"]), tuple(source.manifest["std"])
-    else:
-        mean, std = NORMALIZATION[name]
-    if len(mean) == 1:
-        mean, std = mean * channels, std * channels
-    if len(mean) != channels:
-        raise UserError(
-            f"data.normalization={name!r} has {len(mean)} channels, "
-            f"data.channels is {channels}"
-        )
-    return tuple(mean), tuple(std)
-
-
-def phantom_source(config: ConfigDict) -> PhantomSource:
-    """The built-in phantom as the config describes it."""
-    d = config.data
-    return PhantomSource(
-        d.phantom_images,
-        tuple(d.phantom_size),
-        seed=d.phantom_seed,
-        channels=d.channels,
-        settings=d.phantom_settings or None,
-    )
-
-
-def make_source(config: ConfigDict):
-    """The images of a run: those of data.root, or the phantom when none is named."""
-    data = config.data
-    if data.root:
-        list_file = data.list_file or None
-        return open_source(data.root, list_file=list_file, channels=data.channels)
-    if data.list_file:
-        raise UserError(f"data.list_file={data.list_file!r} needs data.root")
-    return phantom_source(config)
-
-
-def make_crops(config: ConfigDict) -> CropConfig:
-    """The multi-crop recipe: a named style with the config's changes."""
-    c = config.crops
-    style, flip = CROP_STYLES[c.style]
-    return style(
-        global_size=c.global_size,
-        local_size=c.local_size,
-        num_local=c.num_local,
-        global_scale=tuple(c.global_scale),
-        local_scale=tuple(c.local_scale),
-        **{flip: c.flip_prob},
-    )
-
-
-def make_backbone(config: ConfigDict) -> ViT:
-    """The ViT of a config, its position grid sized for the global crops."""
     m = config.model
-    overrides = {k: v for k, v in m.items() if k not in ("variant", "dtype")}
+    own = ("variant", "dtype", "attention")
+    overrides = {k: v for k, v in m.items() if k not in own}
     model = build_vit(
         m.variant,
         dtype=DTYPES[m.dtype],
         image_size=config.crops.global_size,
+        attention=attention,
         **overrides,
     )
     if model.embed_dim % model.num_heads:
@@ -176,11 +118,13 @@ def vit_name(config: ConfigDict) -> str:
     return f"vit_{config.model.variant}_patch{config.model.patch_size}"
 
 
-def make_modules(config: ConfigDict, start: Backbone | None = None) -> Modules:
+def make_modules(
+    config: ConfigDict, attention: str, start: Backbone | None = None
+) -> Modules:
     """Backbone and heads; the architecture is that of `start` when there is one."""
-    backbone = make_backbone(config)
+    backbone = make_backbone(config, attention)
     if start is not None:
-        own = ("drop_path", "dtype", "unroll", "remat")
+        own = ("drop_path", "dtype", "attention", "unroll", "remat")
         backbone = start.model.clone(**{k: getattr(backbone, k) for k in own})
     head = DINOHead(dtype=backbone.dtype, **config.head)
     ibot_head = None
@@ -286,7 +230,11 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)
-    modules = make_modules(config, start)
+    with as_user_error():
+        attention, why = choose_attention(
+            config.model.attention, DTYPES[config.model.dtype], jax.default_backend()
+        )
+    modules = make_modules(config, attention, start)
     patch_size, channels = modules.backbone.patch_size, config.data.channels
     for side in (crops.global_size, crops.local_size):
         if side % patch_size:
@@ -332,7 +280,7 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
         total_steps=config.epochs * steps_per_epoch,
         flops_per_step=step_flops(modules, crops, feed, channels),
         start=start,
-        notes=make_notes(config, feed.groups),
+        notes=(*make_notes(config, feed.groups), f"attention: {attention} ({why})"),
         loop=make_loop(config),
         feed=feed,
         nan=NanPolicy(**config.nan),

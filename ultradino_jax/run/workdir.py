@@ -28,6 +28,9 @@ FREE_KEYS = (
     "keep_every",
     "keep_best",
     "mesh.fsdp",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
     "knn.enabled",
     "knn.patients",
     "nan.policy",
@@ -39,7 +42,7 @@ FREE_KEYS = (
     "health.panels_every",
 )
 # What a key of the config stands for in runs that were made before there was the key.
-MISSING: dict[str, Any] = {"loss.gram_weight": 0.0}
+MISSING: dict[str, Any] = {"loss.gram_weight": 0.0, "model.attention": "xla"}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
