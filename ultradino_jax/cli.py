@@ -52,7 +52,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         name = given[0].removeprefix("--config.") if given else key
         sys.exit(f"error: the config has no key {name!r}")
     except OSError as error:
-        last = str(error).strip().splitlines()[-1].strip()
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         sys.exit(f"error: the config file cannot be read: {last}")
 
 

@@ -1,6 +1,7 @@
 """Exports that were checked: loaded back, and run in the library they are for."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -61,6 +62,8 @@ def export(
     FileExistsError when `out` is there and no earlier export, MissingPackage or
     UserError for what cannot be written.
     """
+    if not re.fullmatch(r"[\w.+() -]*", licence, re.ASCII):
+        raise UserError(f"licence {licence!r}: an SPDX id has letters, digits and .+-")
     out = Path(out).absolute()
     if out.exists() and not (out / REPORT).is_file():
         raise FileExistsError(f"{str(out)!r} exists and is not an earlier export")
