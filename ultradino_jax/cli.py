@@ -7,6 +7,7 @@ of the program and keeps its traceback.
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,9 @@ def boundary() -> Iterator[None]:
 
     Work that was saved on a signal ends with `paused: LINE` and EXIT_PAUSED.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may be no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except Paused as paused:

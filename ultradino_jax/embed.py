@@ -31,7 +31,7 @@ from ultradino_jax.progress import Progress
 from ultradino_jax.sharding import row_sharding
 from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
-from ultradino_jax.whole import claim, whole_file
+from ultradino_jax.whole import claim, named, whole_file
 
 TOKENS = ("cls", "mean", "patch")
 SUFFIXES = (".npz", ".parquet")
@@ -65,8 +65,7 @@ def embed(
     out = Path(out)
     _check_arguments(out, tokens, batch_size)
     backbone = load_backbone(checkpoint, image_size=image_size)
-    if not os.fspath(images):
-        raise UserError("the name of the image folder is empty")
+    images = named(images, "image folder")
     source = open_source(images, channels=backbone.channels)
     parts = out.with_name(out.name + ".parts")
     settings = {

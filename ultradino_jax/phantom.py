@@ -24,6 +24,7 @@ from ultradino_jax.data.phantom.render import (
     render_phantom,
 )
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import named
 
 LAYOUTS = {
     "fetal_planes": layouts.write_fetal_planes,
@@ -54,7 +55,7 @@ def write_phantoms(
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     options = {"settings": settings} if settings else {}
-    LAYOUTS[layout](Path(out), patients, seed, size, **options)
+    LAYOUTS[layout](named(out, "folder"), patients, seed, size, **options)
     return Path(out)
 
 

@@ -19,6 +19,13 @@ from typing import Any
 from ultradino_jax.errors import UserError
 
 
+def named(path: str | Path, what: str) -> Path:
+    """The path. Raises UserError for '', which would stand for the current folder."""
+    if not os.fspath(path):
+        raise UserError(f"the name of the {what} is empty")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Path to write to; it becomes `path` at the end, or is removed on an error."""
@@ -36,9 +43,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Write bytes, or text as UTF-8."""
+    """Write bytes, or text as UTF-8.
+
+    File names that are no UTF-8 become escapes, which JSON reads back as they were.
+    """
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")
     with whole_file(path) as fresh:
-        fresh.write_bytes(data.encode() if isinstance(data, str) else data)
+        fresh.write_bytes(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:

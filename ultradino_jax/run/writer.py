@@ -20,6 +20,7 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import image as image_summary
 from tensorboardX.summary import scalar as scalar_summary
 
+from ultradino_jax.errors import damaged
 from ultradino_jax.jsonl import MetricFile
 from ultradino_jax.pretraining.terms import terms_in
 from ultradino_jax.progress import format_duration
@@ -71,10 +72,11 @@ class Writer:
 
     def __init__(self, workdir: str | Path, *, start_step: int = 0):
         self.workdir = workdir = Path(workdir)
-        self.metrics, self.health, self.skipped, self.timing = self.files = [
-            MetricFile(workdir / f"{name}.jsonl", start_step)
-            for name in ("metrics", "health", "skipped", "timing")
-        ]
+        with damaged(workdir):
+            self.metrics, self.health, self.skipped, self.timing = self.files = [
+                MetricFile(workdir / f"{name}.jsonl", start_step)
+                for name in ("metrics", "health", "skipped", "timing")
+            ]
         self.board = Board(workdir / "tensorboard", start_step)
 
     def write(self, step: int, metrics: dict, timing: dict) -> None:
