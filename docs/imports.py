@@ -2,9 +2,10 @@
 
     python docs/imports.py
 
-writes docs/house.md anew. A room is a package of ultradino_jax, a root module that
-stands alone, or one of the two groups below. Imports inside functions count like all
-others. tests/test_imports.py asks the same functions.
+writes docs/house.md anew. A room is a package of ultradino_jax, a root module, the
+package's own `__init__` (its public names) or one of the two scripts; none is grouped
+with another. Imports inside functions count like all others. tests/test_imports.py
+asks the same functions.
 """
 
 import ast
@@ -13,29 +14,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "ultradino_jax"
-# What users start or import, and what everyone may import.
-COMMANDS = ("embed", "export", "phantom", "prepare", "report", "segment")
-ENTRIES = ("main", "eval", PACKAGE, *(f"{PACKAGE}.{name}" for name in COMMANDS))
-FOUNDATIONS = tuple(
-    f"{PACKAGE}.{name}"
-    for name in (
-        "checkpoint", "claim", "cli", "errors", "jsonl", "normalization", "optimizer",
-        "schedules", "sharding", "tree", "whole",
-    )
-)  # fmt: skip
-PURPOSES = {
-    "entry points": "main.py, eval.py, `python -m` commands, the public names",
-    "run": "the loop around the training step",
-    "health": "looks at a run: checks, alarms, pictures, kNN of the teacher",
-    "exports": "models out, in formats of other libraries",
-    "evaluators": "classification and segmentation, as in the paper",
-    "pretraining": "the objective and its step",
-    "weights": "files in: one door to every backbone",
-    "backbone": "a model with its parameters, and how both are stored",
-    "data": "files to crops; numpy only",
-    "models": "modules that own parameters",
-    "foundations": "errors, whole files, schedules, shardings, ...",
-}
 
 Graph = dict[str, set[str]]
 
@@ -92,12 +70,15 @@ def file_graph() -> Graph:
 
 
 def room(module: str) -> str:
-    """The room a module is in."""
-    if module in ENTRIES:
-        return "entry points"
-    if module in FOUNDATIONS:
-        return "foundations"
-    return module.split(".")[1]
+    """The room a module is in: the part of its name below the package's."""
+    return module.removeprefix(f"{PACKAGE}.").split(".")[0]
+
+
+def purpose(name: str) -> str:
+    """What is in a room: the first line of its docstring."""
+    known = files()
+    path = known.get(f"{PACKAGE}.{name}") or known[name]
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
 
 
 def room_graph(graph: Graph) -> Graph:
@@ -136,15 +117,16 @@ def page() -> str:
     lines = [
         "# The house",
         "",
-        "Rooms of the package by floor: a room imports only from floors below its own.",
-        "Drawn from the code by `python docs/imports.py`; a test holds it to the code.",
+        "Packages and root modules by floor: each imports only from floors below its",
+        "own. Drawn from the code by `python docs/imports.py`; a test holds it to the",
+        "code.",
         "",
         "| Floor | Room | What is in it | Imports |",
         "|---|---|---|---|",
     ]
     for name in order:
         below = sorted(rooms[name], key=order.index)
-        cells = (levels[name], name, PURPOSES.get(name, ""), ", ".join(below) or "-")
+        cells = (levels[name], name, purpose(name), ", ".join(below) or "-")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "```mermaid", "graph TD"]
     for name in order:
@@ -152,7 +134,7 @@ def page() -> str:
             # An arrow that a longer way already says is left out.
             others = rooms[name] - {other}
             if not any(other in reachable(rooms, between) for between in others):
-                lines.append(f"    {name.replace(' ', '-')} --> {other}")
+                lines.append(f"    {name} --> {other}")
     return "\n".join([*lines, "```", ""])
 
 

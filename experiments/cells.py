@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ultradino_jax import claim as folders
+from ultradino_jax import whole
 from ultradino_jax.whole import read_json
 
 RECORD = "cell.json"
@@ -20,6 +20,6 @@ def claim(folder: Path, config, checkpoint: Path | None) -> dict | None:
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
     advice = "give another --out, or delete it"
-    folders.claim(folder / RECORD, identity, "this cell", advice)
+    whole.claim(folder / RECORD, identity, "this cell", advice)
     path = folder / "results.json"
     return read_json(path) if path.is_file() else None

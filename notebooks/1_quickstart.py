@@ -34,7 +34,7 @@ import json
 from configs import pretrain_smoke
 from ultradino_jax import train
 from ultradino_jax.health.phantom_knn import phantom_knn
-from ultradino_jax.run.plan import phantom_source
+from ultradino_jax.run.images import phantom_source
 
 SMOKE = bool(os.environ.get("ULTRADINO_SMOKE"))  # the tests run this in seconds
 RUN = "runs/notebook"

@@ -9,9 +9,9 @@ import pytest
 
 import ultradino_jax.embed as embedding
 from tests.exports.tiny import backbone
-from ultradino_jax.backbone import save_backbone
 from ultradino_jax.cli import command
 from ultradino_jax.embed import embed, main
+from ultradino_jax.weights.backbone import save_backbone
 
 RNG = np.random.default_rng(0)
 IMAGES = {f"{d}/{i}.png": RNG.integers(0, 256, (64, 64), np.uint8)

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.cli import command
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
@@ -23,6 +22,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
 from ultradino_jax.models.upernet import UperNet
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.segment import class_scores, main, segment, window_starts
+from ultradino_jax.weights.backbone import Backbone
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

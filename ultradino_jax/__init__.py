@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ultradino_jax.backbone import Backbone
     from ultradino_jax.data.phantom.source import PhantomSource
     from ultradino_jax.data.sources import open_source
     from ultradino_jax.embed import embed as embed_images
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from ultradino_jax.report import write_report
     from ultradino_jax.run.train import train
     from ultradino_jax.segment import segment as segment_images
+    from ultradino_jax.weights.backbone import Backbone
     from ultradino_jax.weights.load import load_backbone
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
 
 # {public name: (module, its name there)}, the imports above once more for run time.
 _PLACES = {
-    "Backbone": ("backbone", "Backbone"),
+    "Backbone": ("weights.backbone", "Backbone"),
     "PhantomSource": ("data.phantom.source", "PhantomSource"),
     "UserError": ("errors", "UserError"),
     "embed_images": ("embed", "embed"),

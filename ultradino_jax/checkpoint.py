@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, first_line, out_of_memory
 from ultradino_jax.sharding import wait_for_all
 
 
@@ -118,10 +118,11 @@ class RunCheckpoints:
                     raise UserError("checksum differs from the one saved")
                 return state, meta
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                reason = str(error).strip().splitlines()[0][:200]
+                if out_of_memory(error):  # that is no fault of the checkpoint
+                    raise
                 report(
                     f"checkpoint {step} is not usable ({type(error).__name__}: "
-                    f"{reason}); falling back to the one before"
+                    f"{first_line(error)}); falling back to the one before"
                 )
                 self._set_aside(step)
         return None

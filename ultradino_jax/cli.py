@@ -7,6 +7,7 @@ of the program and keeps its traceback.
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,9 @@ def boundary() -> Iterator[None]:
 
     Work that was saved on a signal ends with `paused: LINE` and EXIT_PAUSED.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may be no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except Paused as paused:
@@ -52,7 +56,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         name = given[0].removeprefix("--config.") if given else key
         sys.exit(f"error: the config has no key {name!r}")
     except OSError as error:
-        last = str(error).strip().splitlines()[-1].strip()
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         sys.exit(f"error: the config file cannot be read: {last}")
 
 

@@ -23,16 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
-from ultradino_jax.claim import claim
 from ultradino_jax.cli import command
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import MissingPackage, UserError
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.progress import Progress
 from ultradino_jax.sharding import row_sharding
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
-from ultradino_jax.whole import whole_file
+from ultradino_jax.whole import claim, named, whole_file
 
 TOKENS = ("cls", "mean", "patch")
 SUFFIXES = (".npz", ".parquet")
@@ -66,8 +65,7 @@ def embed(
     out = Path(out)
     _check_arguments(out, tokens, batch_size)
     backbone = load_backbone(checkpoint, image_size=image_size)
-    if not os.fspath(images):
-        raise UserError("the name of the image folder is empty")
+    images = named(images, "image folder")
     source = open_source(images, channels=backbone.channels)
     parts = out.with_name(out.name + ".parts")
     settings = {

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 
 # What libraries that wrap the operating system's errors leave in their texts.
@@ -50,7 +51,37 @@ def as_user_error(prefix: str = "") -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(prefix + _first_line(error)) from error
+        raise UserError(prefix + first_line(error)) from error
+
+
+# What Python, NumPy and JAX raise for a record that is not what it should be.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
+
+
+@contextlib.contextmanager
+def damaged(place: object) -> Iterator[None]:
+    """Whatever a damaged file makes the code inside raise becomes a UserError.
+
+    place: the file or folder, to be named. For the few lines that turn the contents of
+    a file into objects, and no others: they would hide a fault of the program.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        what = first_line(error)
+        if isinstance(error, KeyError):
+            what = f"it lacks {what}"
+        raise UserError(f"{place}: its record is damaged: {what}") from error
 
 
 def user_line(error: BaseException) -> str | None:
@@ -64,14 +95,19 @@ def user_line(error: BaseException) -> str | None:
     if disk:  # TensorStore calls a full disk RESOURCE_EXHAUSTED, too
         return disk.strip()[-200:]
     if _MEMORY in text:
-        return f"the device is out of memory: {_first_line(error)}"
+        return f"the device is out of memory: {first_line(error)}"
     platforms = f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}"
     if _NO_BACKEND in text:
-        return f"{_first_line(error)} ({platforms})"
+        return f"{first_line(error)} ({platforms})"
     # Without an NVIDIA card JAX skips 'cuda' and then asserts that something is left.
     if isinstance(error, AssertionError) and _no_backend():
         return f"{platforms}, but there is no such device here"
     return str(error.__cause__) if isinstance(error.__cause__, OSError) else None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a host or a device ran out of memory."""
+    return isinstance(error, MemoryError) or _MEMORY in str(error)
 
 
 def _on_disk(text: str) -> bool:
@@ -89,6 +125,7 @@ def _no_backend() -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters; else its name."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip()[:200]

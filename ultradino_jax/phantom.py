@@ -24,6 +24,7 @@ from ultradino_jax.data.phantom.render import (
     render_phantom,
 )
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import named
 
 LAYOUTS = {
     "fetal_planes": layouts.write_fetal_planes,
@@ -54,7 +55,7 @@ def write_phantoms(
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     options = {"settings": settings} if settings else {}
-    LAYOUTS[layout](Path(out), patients, seed, size, **options)
+    LAYOUTS[layout](named(out, "folder"), patients, seed, size, **options)
     return Path(out)
 
 
@@ -65,8 +66,11 @@ OUTLINES = ((255, 80, 80), (80, 220, 100), (90, 150, 255), (255, 220, 80))
 def write_sheet(path: Path, patients: int, seed: int = 0, size: int | None = None):
     """A contact sheet: a column per plane, a row per patient, FASS and JNU below.
 
-    Structures of the last two rows are outlined. size: pixels of a tile's longer side.
+    path: a .png file. Structures of the last two rows are outlined. size: pixels of a
+    tile's longer side. Raises UserError for another kind of file.
     """
+    if path.suffix != ".png":
+        raise UserError(f"{str(path)!r}: a sheet is written to a file NAME.png")
     options = {"seed": seed, "size": layouts.fitted((384, 512), size or 168)}
     rows = []
     for patient in range(patients):

@@ -7,6 +7,7 @@ then train with `--config.data.root=CACHE`. docs/prepare.md says what is promise
 
 import argparse
 import importlib.metadata
+import math
 import os
 import sys
 import time
@@ -74,7 +75,7 @@ def prepare(
       OutputError: the output cannot be written. A later call goes on from there.
     """
     output = Path(output).absolute()
-    _check_options(short_side, encoding, fps, max_frames, dedup, timeout, shard_records)
+    _check_options(short_side, encoding, fps, max_frames, dedup, shard_records)
     roots = _roots(inputs, output)
     secret = _load_key(key, output)
     excluded = ExcludeList(exclude)
@@ -191,9 +192,7 @@ def _roots(inputs, output: Path | None = None) -> list[str]:
     return roots
 
 
-def _check_options(
-    short_side, encoding, fps, max_frames, dedup, timeout, shard_records
-) -> None:
+def _check_options(short_side, encoding, fps, max_frames, dedup, shard_records):
     for name, value, allowed in (
         ("encoding", encoding, ENCODINGS),
         ("dedup", dedup, DEDUP),
@@ -202,8 +201,8 @@ def _check_options(
             raise UserError(f"{name} must be one of {', '.join(allowed)}: {value!r}")
     if short_side != 0 and short_side < 32:
         raise UserError(f"short_side must be 0 or at least 32: {short_side}")
-    if min(fps, max_frames, timeout, shard_records) <= 0:
-        raise UserError("fps, max_frames, timeout and shard_records must be positive")
+    if not all(0 < number < math.inf for number in (fps, max_frames, shard_records)):
+        raise UserError("fps, max_frames and shard_records must be positive numbers")
 
 
 def _load_key(path: str | os.PathLike | None, output: Path) -> Key:
@@ -227,6 +226,10 @@ def _results(
     first, member = cursor
     if workers is None:
         workers = os.cpu_count() or 1
+    if workers < 0 or not 0 < timeout < math.inf:
+        raise UserError(
+            f"workers {workers} must be 0 or more, timeout {timeout} a positive number"
+        )
     readable = [i for i in range(first, len(entries)) if not entries[i].reason]
     tasks = (
         Task(i, entries[i].path, entries[i].name, member if i == first else 0)

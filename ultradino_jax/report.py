@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ultradino_jax.cli import command
+from ultradino_jax.errors import damaged
 from ultradino_jax.health.curves import chart
 from ultradino_jax.jsonl import read_rows
 from ultradino_jax.pretraining.terms import terms_in
-from ultradino_jax.run.writer import format_duration
+from ultradino_jax.progress import format_duration
 from ultradino_jax.whole import read_json, write_whole
 
 # Charts of metrics.jsonl and so on: title, file, {legend: key}, options.
@@ -215,10 +216,19 @@ def pictures(workdir: Path) -> str:
 
 
 def report(workdir: str | Path) -> str:
-    """The page as text. Raises FileNotFoundError when the folder holds no run."""
+    """The page as text.
+
+    Raises FileNotFoundError when the folder holds no run, UserError when what it holds
+    is damaged.
+    """
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{str(workdir)!r} holds no run (no config.json)")
+    with damaged(workdir):
+        return _page(workdir)
+
+
+def _page(workdir: Path) -> str:
     config, facts, versions = (
         read_json(path) if (path := workdir / f"{name}.json").is_file() else {}
         for name in ("config", "run", "versions")

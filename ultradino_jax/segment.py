@@ -17,14 +17,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.claim import claim
 from ultradino_jax.cli import command
 from ultradino_jax.data.sources import BadImage, open_source
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation.results import overlay
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
-from ultradino_jax.whole import whole_file
+from ultradino_jax.progress import Progress
+from ultradino_jax.whole import claim, named, whole_file
 
 MODES = ("resize", "window")
 
@@ -93,9 +92,9 @@ def segment(
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r}: choose one of {', '.join(MODES)}")
+    output = named(output, "output folder")
     segmenter, record = load_segmenter(checkpoint)
     source = open_source(images, channels=segmenter.backbone.channels)
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, sort_keys=True)
     facts = {

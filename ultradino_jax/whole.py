@@ -1,18 +1,29 @@
-"""Files and folders that are there whole or not at all, whenever power fails.
+"""Files and folders that are there whole or not at all, and that belong to one job.
 
 What is written lies beside its place, is flushed to the disk, and is renamed last. A
 full disk leaves the file that was there before.
+
+A job is told by named settings, noted in its folder by the first run and checked by
+every later one. Another job is refused with a line that names each setting that
+differs, so that nothing is mixed and nothing is overwritten.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ultradino_jax.errors import UserError
+
+
+def named(path: str | Path, what: str) -> Path:
+    """The path. Raises UserError for '', which would stand for the current folder."""
+    if not os.fspath(path):
+        raise UserError(f"the name of the {what} is empty")
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -32,9 +43,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Write bytes, or text as UTF-8."""
+    """Write bytes, or text as UTF-8.
+
+    File names that are no UTF-8 become escapes, which JSON reads back as they were.
+    """
+    if isinstance(data, str):
+        data = data.encode(errors="backslashreplace")
     with whole_file(path) as fresh:
-        fresh.write_bytes(data.encode() if isinstance(data, str) else data)
+        fresh.write_bytes(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -42,13 +58,16 @@ def write_json(path: str | Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises UserError naming the file when it is cut or no JSON."""
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError naming the file when it holds none."""
     text = Path(path).read_bytes()
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:  # also of a byte that is no UTF-8
         raise UserError(f"{str(path)!r} is cut or not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object")
+    return value
 
 
 @contextlib.contextmanager
@@ -96,3 +115,72 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flat(settings: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}, values as JSON gives them back."""
+    values = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return values
+
+
+def differing(
+    there: Mapping,
+    now: Mapping,
+    *,
+    free: Collection[str] = (),
+    missing: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """One text for each setting that differs, by name.
+
+    free: names that may differ. missing: what a setting stands for in a record that
+    was written before it existed.
+    """
+    old, new = flat(missing or {}) | flat(there), flat(now)
+    return [
+        f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in free
+    ]
+
+
+def _short(value) -> str:
+    text = repr(value)
+    is_digest = isinstance(value, str) and len(value) == 64
+    return f"{text[:13]}.." if is_digest else text
+
+
+def check_same(
+    there: Mapping, now: Mapping, place: str | Path, what: str, advice: str, **options
+) -> None:
+    """Raises UserError naming what differs when a place holds the work of another job.
+
+    what: 'a run', 'parts', ..; advice: what to do instead; options: of `differing`.
+    """
+    found = differing(there, now, **options)
+    if found:
+        raise UserError(
+            f"{str(place)!r} holds {what} with other settings ({'; '.join(found)}); "
+            f"{advice}"
+        )
+
+
+def claim(
+    record: Path, settings: Mapping, what: str, advice: str, **options
+) -> dict[str, Any] | None:
+    """Note the settings in a JSON file, or check that the ones there are the same.
+
+    Returns the record that was there, or None for a fresh folder. Raises UserError as
+    `check_same`, and when the record is damaged.
+    """
+    if record.is_file():
+        there = read_json(record)
+        check_same(there, settings, record.parent, what, advice, **options)
+        return there
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
+    return None

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.turns import Worker, share_cores
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.classification.linear import fit_cached, head_grid
 from ultradino_jax.evaluators.features import Features, extract_features
 from ultradino_jax.models.vit import build_vit
+from ultradino_jax.weights.backbone import Backbone
 
 
 def random_backbone(variant: str = "small", dtype=jnp.float32) -> Backbone:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
     initial_variables,
@@ -28,6 +27,7 @@ from ultradino_jax.evaluators.segmentation.train import (
 )
 from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import build_vit
+from ultradino_jax.weights.backbone import Backbone
 
 
 def main():

@@ -9,9 +9,9 @@ from PIL import Image
 from skimage.transform import downscale_local_mean
 from skimage.transform import resize as skimage_resize
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.features import Features, Preprocess, extract_features
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone
 
 MEAN, STD = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
 

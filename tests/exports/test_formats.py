@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from tests.exports.tiny import MODEL, VARIANTS, backbone, equal_trees, write_run
-from ultradino_jax.backbone import save_backbone
 from ultradino_jax.cli import command
 from ultradino_jax.export import main
 from ultradino_jax.exports.checked import ExportRefused, check_images, export
@@ -25,6 +24,7 @@ from ultradino_jax.exports.onnx_backbone import to_channels_first, vit_onnx
 from ultradino_jax.exports.subject import our_features
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.weights import hf as hf_names
+from ultradino_jax.weights.backbone import save_backbone
 from ultradino_jax.weights.load import load_backbone
 
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 
 MODEL = ViT(64, 2, 2, patch_size=16, image_size=64, layerscale=0.1, drop_path=0.3)
 VARIANTS = {

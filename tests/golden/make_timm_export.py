@@ -37,9 +37,9 @@ def tiny_backbone(registers: int):
     import jax
     import jax.numpy as jnp
 
-    from ultradino_jax.backbone import Backbone
     from ultradino_jax.models.vit import ViT
     from ultradino_jax.tree import map_with_name
+    from ultradino_jax.weights.backbone import Backbone
 
     model = ViT(64, 2, 2, image_size=SIDE, layerscale=0.1, num_registers=registers)
     x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 1), jnp.float32)

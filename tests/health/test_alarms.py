@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.health import alarms
 from ultradino_jax.health.teacher import Probe
@@ -19,6 +18,7 @@ from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.train import train
+from ultradino_jax.weights.backbone import Backbone
 
 # The first 160 of 240 steps of configs/pretrain_smoke.py with epochs=4, log_every=10,
 # health.every=40. Without timing.jsonl: the machine was busy, its data late.

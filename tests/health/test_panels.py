@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.health import panels
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone
 
 
 def tiny_backbone():

@@ -25,7 +25,6 @@ from ultradino_jax.data.phantom.render import render_phantom
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.pretraining import device_crops as device
-from ultradino_jax.run.plan import make_plan
 from ultradino_jax.run.train import train
 from ultradino_jax.sharding import batch_sharding, make_mesh
 
@@ -327,8 +326,6 @@ def test_training_on_canvases_and_its_resume(one_device, tiny_config, tmp_path):
     assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
-def test_wrong_settings_are_named(tiny_config):
-    with pytest.raises(ValueError, match=r"data\.render 'gpu' is none of host, device"):
-        make_plan(tiny_config(**{"data.render": "gpu"}), 1)
+def test_a_canvas_too_small_is_named():
     with pytest.raises(ValueError, match="canvas of 31 pixels is smaller"):
         batches(CropConfig(global_size=32, local_size=16), 31)

@@ -231,5 +231,5 @@ def test_no_local_crops_and_unknown_centering():
     _, metrics = step(state, batch)
     assert metrics["dino_local"] == 0
     assert np.isfinite(metrics["total"])
-    with pytest.raises(ValueError, match="'centering' or 'sinkhorn_knopp'"):
+    with pytest.raises(ValueError, match="'mean' is none of centering, sinkhorn_k"):
         Objective((0.0,), (1.0,), centering="mean")

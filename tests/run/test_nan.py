@@ -11,7 +11,6 @@ import pytest
 
 from tests.run import stubs
 from tests.run.stubs import rows
-from ultradino_jax.errors import UserError
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.step import TrainState
 from ultradino_jax.run.bad_steps import skip_not_finite
@@ -97,8 +96,3 @@ def test_a_skipped_step_changes_counters_only():
     for now, before in ((after.student, state.student), (after.opt_state[1].mu,) * 2):
         jax.tree.map(np.testing.assert_array_equal, now, before)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state[1], state.opt_state[1])
-
-
-def test_an_unknown_policy_is_one_line(config_of, tmp_path):
-    with pytest.raises(UserError, match=r"nan.policy 'ignore' is none of stop, skip"):
-        train(config_of(**{"nan.policy": "ignore"}), tmp_path / "run")

@@ -15,12 +15,12 @@ from tests.weights.forward import (
     meta_of,
     sides,
 )
-from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.normalization import FUS, IMAGENET
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights import hf as hf_names
 from ultradino_jax.weights import timm as timm_names
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 from ultradino_jax.weights.families import backbone_from_tensors
 from ultradino_jax.weights.files import WeightFile, read_weights, write_safetensors
 from ultradino_jax.weights.load import load_backbone, with_channels, with_image_size

@@ -18,7 +18,7 @@ from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.whole import whole_file, write_whole
 
 FORMAT = "ultradino_cache"
@@ -117,11 +117,22 @@ def record_name(entry: np.void) -> str:
 
 
 class Shards:
-    """Random access to written shards. Picklable: each process opens what it reads."""
+    """Random access to written shards. Picklable: each process opens what it reads.
+
+    shards: entries of the manifest. Raises UserError when a file is missing or of
+    another length.
+    """
 
     def __init__(self, root: Path, shards: list[dict]):
         self._files = [root / shard["file"] for shard in shards]
-        counts = [shard["records"] for shard in shards]
+        counts = [int(shard["records"]) for shard in shards]
+        if min(counts, default=0) < 0:
+            raise UserError(f"{root}: a shard of {min(counts)} records")
+        for file, shard in zip(self._files, shards, strict=True):
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise UserError(f"{file}: missing, or not {shard['bytes']} bytes long")
+            if not file.with_suffix(".npy").is_file():
+                raise UserError(f"{file.with_suffix('.npy')}: missing")
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._readers: dict[int, Any] = {}
         self._indexes: dict[int, np.ndarray] = {}
@@ -131,6 +142,9 @@ class Shards:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def _count(self, shard: int) -> int:
+        return int(self._starts[shard + 1] - self._starts[shard])
 
     def _locate(self, position: int) -> tuple[int, int]:
         if not 0 <= position < len(self):
@@ -158,5 +172,9 @@ class Shards:
         shard, row = self._locate(position)
         if shard not in self._indexes:
             path = self._files[shard].with_suffix(".npy")
-            self._indexes[shard] = np.load(path, mmap_mode="r")
+            with damaged(path):
+                index = np.load(path, mmap_mode="r")
+                if index.dtype != INDEX or len(index) != self._count(shard):
+                    raise UserError(f"{path}: not the index of its shard")
+            self._indexes[shard] = index
         return self._indexes[shard][row]

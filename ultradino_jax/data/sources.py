@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ultradino_jax.data.cache import FORMAT, VERSION, Shards, record_name
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.whole import read_json
 
 MIN_SIDE = 16
@@ -193,8 +193,7 @@ def open_source(
 def _is_cache(manifest: Path) -> bool:
     if not manifest.is_file():
         return False
-    content = read_json(manifest)
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return read_json(manifest).get("format") == FORMAT
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -251,12 +250,14 @@ class CacheSource:
         found = (self.manifest.get("format"), self.manifest.get("version"))
         if found != (FORMAT, VERSION):
             raise UserError(f"{path}: not a version {VERSION} cache of prepare")
-        for shard in self.manifest["shards"]:
-            file = root / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise UserError(f"{file}: missing, or not {shard['bytes']} bytes long")
+        with damaged(path):
+            self._shards = Shards(root, self.manifest["shards"])
+            for name in ("mean", "std"):
+                (value,) = self.manifest[name]
+                self.manifest[name] = [float(value)]
+        if not len(self._shards):
+            raise UserError(f"{path}: the cache holds no picture")
         self._root, self._channels = root, channels
-        self._shards = Shards(root, self.manifest["shards"])
         self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def __len__(self) -> int:

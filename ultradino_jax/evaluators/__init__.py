@@ -1,1 +1,1 @@
-"""Frozen-feature and fine-tuning evaluations."""
+"""Classification and segmentation as in the paper, and what both share."""

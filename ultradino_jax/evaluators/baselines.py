@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from einops import reduce
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.models.vit import ViTOutput, build_vit
 from ultradino_jax.normalization import FUS
+from ultradino_jax.weights.backbone import Backbone
 
 PIXEL_SIDE = 32
 IMAGE_SIZE = 224

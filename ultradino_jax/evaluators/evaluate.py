@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ultradino_jax.errors import UserError
+from ultradino_jax.whole import named
 
 
 def evaluate(
@@ -24,6 +25,7 @@ def evaluate(
 
     Raises UserError or OSError with one line when the input is bad.
     """
+    workdir = named(workdir, "workdir")
     # Either kind alone is enough to wait for.
     if config.task == "classification":
         from ultradino_jax.evaluators.classification.evaluate import evaluate as run

@@ -1,21 +1,42 @@
 """What evaluations of every kind share: rows, the facts of a call, and its results.
 
 A kind is a folder: settings.py reads its config, evaluate.py goes from data to results
-with `check_rows`, `begin` and `finish`, results.py says its figures. The kind brings
+with `begin` and `finish`, results.py says its figures. The kind brings
 the loader of its data, the fit and score of a row, and the figures.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.overlap import check_overlap
+from ultradino_jax.limits import FLAG, SEED, TEXT, choice, integer, number, several
+from ultradino_jax.models.vit import VARIANTS
 from ultradino_jax.whole import write_json
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
+COUNT = integer(1)
+# What the values may be that the configs of all kinds have.
+LIMITS = {
+    "data.path": TEXT,
+    "data.data_dir": TEXT,
+    "data.manual_dir": TEXT,
+    "data.download": FLAG,
+    "data.val_fraction": number(0, 1),
+    "data.test_fraction": number(0, 1),
+    "data.split_seed": SEED,
+    "data.classes": several(TEXT),
+    "allow_overlap": FLAG,
+    "model.arch": choice(("", *VARIANTS)),
+    "model.patch_size": COUNT,
+    "model.image_size": integer(0),
+    "model.channels": choice((0, 1, 3)),
+    "random_init_seed": SEED,
+    "seeds": several(SEED, least=1),
+    "replicates": COUNT,
+}
 
 
 @dataclass
@@ -32,14 +53,6 @@ class Entry:
         """'teacher/linear', 'teacher/logreg/10'."""
         parts = [self.row, self.method, *([str(self.shots)] if self.shots else [])]
         return "/".join(parts)
-
-
-def check_rows(rows: Collection[str], known: Collection[str]) -> None:
-    """Raises UserError for an unknown row, or when there is none."""
-    unknown = sorted(set(rows) - set(known))
-    if unknown or not rows:
-        what = f"row {unknown[0]!r} is unknown" if unknown else "config.rows is empty"
-        raise UserError(f"{what}; choose of {', '.join(known)}")
 
 
 def seed_folder(workdir: str | Path, row: str, seed: int) -> Path:

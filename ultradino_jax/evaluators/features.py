@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.progress import Progress
 from ultradino_jax.sharding import row_sharding
+from ultradino_jax.weights.backbone import Backbone
 
 
 class _Input(Protocol):

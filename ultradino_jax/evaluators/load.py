@@ -4,9 +4,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import from_scratch
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
 
 TRAINED_ROW = "teacher"

@@ -7,7 +7,7 @@ import numpy as np
 from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages
 from ultradino_jax.data.prepare.dedup import pixel_sha256
 from ultradino_jax.data.sources import BadImage, CacheSource, open_source
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.whole import read_json
 
 
@@ -61,9 +61,10 @@ def overlapping_images(source, root, data: LabelledImages) -> np.ndarray:
 def cache_hashes(root: str | Path) -> set[bytes]:
     """Pixel hashes of the frames that the records of a prepared cache were cut from."""
     root = Path(root)
-    shards = read_json(root / "manifest.json")["shards"]
-    indexes = (np.load((root / s["file"]).with_suffix(".npy")) for s in shards)
-    return {row.tobytes() for index in indexes for row in index["sha256"]}
+    with damaged(root):
+        shards = read_json(root / "manifest.json")["shards"]
+        indexes = (np.load((root / s["file"]).with_suffix(".npy")) for s in shards)
+        return {row.tobytes() for index in indexes for row in index["sha256"]}
 
 
 def stem(name: str) -> str:

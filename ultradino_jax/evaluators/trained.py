@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.classification.classifier import RECORD as CLASSIFIER
 from ultradino_jax.evaluators.classification.classifier import (
     Classifier,
@@ -34,6 +34,11 @@ def trained_folder(path: str | Path) -> Path | None:
     results = _results(path)
     if results is None:
         return None
+    with damaged(path):
+        return _of_results(path, results)
+
+
+def _of_results(path: Path, results: dict) -> Path:
     for entry in results["entries"].values():
         found = []
         for run in entry["runs"]:
@@ -59,7 +64,9 @@ def load_trained(path: str | Path) -> tuple[Classifier | Segmenter, dict] | None
         return None
     is_classifier = (folder / CLASSIFIER).is_file()
     load = load_classifier if is_classifier else load_segmenter
-    return load(folder)[0], _facts(folder)
+    model = load(folder)[0]
+    with damaged(folder.parents[2]):
+        return model, _facts(folder)
 
 
 def _results(workdir: Path) -> dict | None:

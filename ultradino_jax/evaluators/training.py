@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.checkpoint import RunCheckpoints
-from ultradino_jax.claim import check_same
-from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.errors import UserError, damaged
+from ultradino_jax.progress import Progress
+from ultradino_jax.whole import check_same
 
 ADVICE = "choose another workdir, or delete what is there"
 
@@ -51,8 +51,9 @@ class Job:
 
     def check(self, there: dict) -> None:
         """Raises UserError naming what differs when a record is of another training."""
-        if isinstance(there["settings"], list):
-            there = {**there, "settings": self.named(there["settings"])}
+        with damaged(self.workdir):
+            if isinstance(there["settings"], list):
+                there = {**there, "settings": self.named(there["settings"])}
         check_same(there, self.identity, self.workdir, self.what, ADVICE)
 
     def clear(self) -> None:

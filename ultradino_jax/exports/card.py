@@ -1,7 +1,7 @@
 """The README of an export: a model card filled from the run."""
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.exports.format import Format
+from ultradino_jax.weights.backbone import Backbone
 
 _TAGS = {
     "backbone": "image-feature-extraction",

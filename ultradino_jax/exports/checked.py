@@ -1,12 +1,12 @@
 """Exports that were checked: loaded back, and run in the library they are for."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import open_source
 from ultradino_jax.errors import UserError
@@ -25,6 +25,7 @@ from ultradino_jax.exports.subject import (
     our_outputs,
     preprocess_of,
 )
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone, with_channels
 from ultradino_jax.whole import whole_folder, write_json
 
@@ -61,6 +62,8 @@ def export(
     FileExistsError when `out` is there and no earlier export, MissingPackage or
     UserError for what cannot be written.
     """
+    if not re.fullmatch(r"[\w.+() -]*", licence, re.ASCII):
+        raise UserError(f"licence {licence!r}: an SPDX id has letters, digits and .+-")
     out = Path(out).absolute()
     if out.exists() and not (out / REPORT).is_file():
         raise FileExistsError(f"{str(out)!r} exists and is not an earlier export")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.jsonl import read_rows
 from ultradino_jax.weights.files import read_weights
 from ultradino_jax.weights.meta import dino_head_params
@@ -39,10 +39,11 @@ def run_facts(checkpoint: str | Path) -> dict:
     facts: dict = {"config": read_json(run / "config.json")}
     step = facts["step"] = _exported_step(run)
     meta = run / "checkpoints" / str(step) / "meta" / "metadata"
-    if meta.is_file():
-        facts["images"] = read_json(meta)["stream"]["records"]
-    lines = read_rows(run / "metrics.jsonl")
-    lines = [line for line in lines if step is None or line["step"] < step]
+    with damaged(run):
+        if meta.is_file():
+            facts["images"] = read_json(meta)["stream"]["records"]
+        lines = read_rows(run / "metrics.jsonl")
+        lines = [line for line in lines if step is None or line["step"] < step]
     if lines:
         facts["metrics"] = lines[-1]
     return facts

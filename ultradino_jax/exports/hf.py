@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, backbone_record
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.exports.format import Format, split_tokens, write_json, write_tensors
 from ultradino_jax.weights import hf as naming
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.files import read_safetensors
 from ultradino_jax.weights.load import load_backbone
 from ultradino_jax.weights.meta import vit_state
@@ -128,10 +128,11 @@ def load_task(folder: Path) -> Classifier | None:
     tensors, record = read_safetensors(folder / "model.safetensors")
     if "classifier.weight" not in tensors or (record or {}).get("naming") != "hf":
         return None
-    names = read_json(folder / "config.json")["id2label"]
+    with damaged(folder):
+        names = tuple(read_json(folder / "config.json")["id2label"].values())
     head = {"kernel": tensors["classifier.weight"].T}
     head["bias"] = tensors["classifier.bias"]
-    return Classifier(load_backbone(folder), head, 1, True, tuple(names.values()))
+    return Classifier(load_backbone(folder), head, 1, True, names)
 
 
 def target(folder: Path, kind: str):

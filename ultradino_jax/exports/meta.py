@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, backbone_record
 from ultradino_jax.exports.format import Format
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.files import RECORD_KEY, import_torch
 from ultradino_jax.weights.meta import dino_head_state, vit_state
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from einops import rearrange
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import MissingPackage
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import with_image_size
 from ultradino_jax.weights.meta import vit_state
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, backbone_record
+from ultradino_jax.errors import damaged
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
@@ -15,6 +15,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
 )
 from ultradino_jax.exports.format import Format, write_json, write_tensors
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.files import read_safetensors
 from ultradino_jax.weights.meta import nest
 from ultradino_jax.weights.own import record_to_backbone
@@ -76,13 +77,14 @@ def load_task(folder: Path) -> Classifier | Segmenter | None:
     if record is None or kind not in ("ultradino_classifier", "ultradino_segmenter"):
         return None
     tree = jax.tree.map(jnp.asarray, nest(tensors))
-    classes = tuple(record["classes"])
-    if kind == "ultradino_segmenter":
-        backbone, model = module_of(record, str(folder))
-        return Segmenter(backbone, model, tree, classes, record["letterbox"])
-    backbone = record_to_backbone(record["backbone"], tree["backbone"], str(folder))
-    options = {k: record[k] for k in ("layers", "patch", "antialias")}
-    return Classifier(backbone, tree["head"], classes=classes, **options)
+    with damaged(folder):
+        classes = tuple(record["classes"])
+        if kind == "ultradino_segmenter":
+            backbone, model = module_of(record, str(folder))
+            return Segmenter(backbone, model, tree, classes, record["letterbox"])
+        backbone = record_to_backbone(record["backbone"], tree["backbone"], str(folder))
+        options = {k: record[k] for k in ("layers", "patch", "antialias")}
+        return Classifier(backbone, tree["head"], classes=classes, **options)
 
 
 FORMAT = Format(

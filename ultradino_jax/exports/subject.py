@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, params_digest
 from ultradino_jax.evaluators.classification.classifier import Classifier
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter
 from ultradino_jax.models.upernet import UperNet
+from ultradino_jax.weights.backbone import Backbone, params_digest
 
 Subject = Backbone | Classifier | Segmenter
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, backbone_record
 from ultradino_jax.exports.format import Format, split_tokens, write_json, write_tensors
 from ultradino_jax.models.vit import VARIANTS
+from ultradino_jax.weights.backbone import Backbone, backbone_record
 from ultradino_jax.weights.meta import vit_state
 from ultradino_jax.weights.timm import to_timm
 

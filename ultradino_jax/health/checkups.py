@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.phantom.source import PhantomSource
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.health import alarms
 from ultradino_jax.health.panels import attention_panel, png
 from ultradino_jax.health.teacher import Probe
 from ultradino_jax.jsonl import MetricFile, read_rows
+from ultradino_jax.weights.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ class Doctor:
             patients=settings.patients,
             phantom=settings.phantom,
         )
-        for row in read_rows(workdir / "health.jsonl"):
-            if row["step"] < start:
-                scores[row["step"] + 1] = row["knn"]
-        self.watch, events = alarms.replay(workdir, facts, start)
+        with damaged(workdir):
+            for row in read_rows(workdir / "health.jsonl"):
+                if row["step"] < start:
+                    scores[row["step"] + 1] = row["knn"]
+            self.watch, events = alarms.replay(workdir, facts, start)
         self.file = None
         if writer:
             self.file = MetricFile(workdir / "alarms.jsonl", 0)

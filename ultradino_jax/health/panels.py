@@ -13,7 +13,7 @@ from einops import rearrange
 from matplotlib import colormaps
 from PIL import Image
 
-from ultradino_jax.backbone import Backbone
+from ultradino_jax.weights.backbone import Backbone
 
 GAP = 2  # pixels between tiles
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.crops import resized_crop
 from ultradino_jax.data.phantom.render import PLANES, render_phantom
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.classification.knn import knn_accuracy
 from ultradino_jax.evaluators.features import extract_features
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
 from ultradino_jax.whole import write_json
 

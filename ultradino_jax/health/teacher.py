@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.table import load_class_folders, load_csv
 from ultradino_jax.data.phantom.source import PhantomSource
 from ultradino_jax.data.sources import BadImage
@@ -19,6 +18,7 @@ from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess, extract_features
 from ultradino_jax.health.features import feature_health, prototypes_used
 from ultradino_jax.health.phantom_knn import Labelled, knn_score, labelled_phantoms
+from ultradino_jax.weights.backbone import Backbone
 
 PANEL_IMAGES = 4
 CHUNK = 64

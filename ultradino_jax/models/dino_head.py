@@ -84,9 +84,7 @@ def _prototype_logits(features, kernel, dtype):
 def _prototype_logits_backward(dtype, kept, g):
     features, kernel = kept
     rows, g = features.astype(dtype), g.astype(dtype)
-    for_rows = jnp.matmul(
-        g, kernel.astype(dtype).T, preferred_element_type=jnp.float32
-    )
+    for_rows = jnp.matmul(g, kernel.astype(dtype).T, preferred_element_type=jnp.float32)
     rows, g = rows.reshape(-1, rows.shape[-1]), g.reshape(-1, g.shape[-1])
     for_kernel = jnp.matmul(rows.T, g, preferred_element_type=jnp.float32)
     return for_rows.astype(features.dtype), for_kernel.astype(kernel.dtype)

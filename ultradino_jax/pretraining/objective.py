@@ -28,6 +28,8 @@ from ultradino_jax.pretraining.networks import (
     kernel_of,
 )
 
+CENTERINGS = ("centering", "sinkhorn_knopp")
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -50,11 +52,9 @@ class Objective:
     chunk_rows: int = 1024
 
     def __post_init__(self):
-        if self.centering not in ("centering", "sinkhorn_knopp"):
-            raise ValueError(
-                f"centering must be 'centering' or 'sinkhorn_knopp', "
-                f"not {self.centering!r}"
-            )
+        if self.centering not in CENTERINGS:
+            names = ", ".join(CENTERINGS)
+            raise ValueError(f"centering {self.centering!r} is none of {names}")
 
     @property
     def weights(self) -> dict[str, float]:

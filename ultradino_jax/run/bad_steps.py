@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.data.sources import BadImage
+from ultradino_jax.errors import damaged
 from ultradino_jax.jsonl import append, open_rows, read_rows
 from ultradino_jax.optimizer import CountState
 from ultradino_jax.run.settings import NanPolicy
@@ -23,7 +24,8 @@ class BadRecords:
         self.limit = max_fraction * len(source)
         if jax.process_index() == 0 and self.path.exists():
             open_rows(self.path).close()  # without a line that a crash cut
-        self.seen = {row["index"] for row in read_rows(self.path)}
+        with damaged(self.path):
+            self.seen = {int(row["index"]) for row in read_rows(self.path)}
 
     def check(self, indices: np.ndarray) -> None:
         """Take note of indices (-1 is padding). Raises RunStopped over the limit."""
@@ -57,8 +59,9 @@ class Skips:
     ):
         self.workdir, self.source, self.policy = workdir, source, policy
         self.writer, self.say = writer, say
-        rows = read_rows(workdir / "skipped.jsonl")
-        self.count = sum(row["step"] < start for row in rows)
+        path = workdir / "skipped.jsonl"
+        with damaged(path):
+            self.count = sum(row["step"] < start for row in read_rows(path))
 
     def check(self, step: int, values: dict, index: np.ndarray, last_good) -> dict:
         """The values to log. Raises RunStopped when the policy says so.

@@ -88,7 +88,7 @@ class Feed:
                     with signals.waiting():
                         batch = next(self.stream)
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1]
+                reason = (str(error).strip().splitlines() or ["no batch"])[-1]
                 if WORKER_DIED not in reason:
                     raise RunStopped(reason) from error
                 self._restart(step, signals, error)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, save_backbone
 from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.health.checkups import Doctor
 from ultradino_jax.health.panels import crops_panel
@@ -31,6 +30,7 @@ from ultradino_jax.run.stops import (
     stop_agreed,
 )
 from ultradino_jax.run.writer import Progress, Writer
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 
 
 class Loop:

@@ -4,28 +4,33 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ultradino_jax.backbone import Backbone
-from ultradino_jax.data.crops import CropConfig
-from ultradino_jax.data.phantom.source import PhantomSource
-from ultradino_jax.data.sources import CacheSource, open_source
+from ultradino_jax.data.crops import NUM_GLOBAL, CropConfig
+from ultradino_jax.data.masking import mask_buffer_length
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.health.alarms import Facts
 from ultradino_jax.health.checkups import HealthSettings
 from ultradino_jax.health.phantom_knn import KnnSettings
+from ultradino_jax.limits import check
 from ultradino_jax.models.attention import choose as choose_attention
 from ultradino_jax.models.dino_head import DINOHead
 from ultradino_jax.models.vit import ViT, build_vit
-from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.optimizer import make_optimizer
 from ultradino_jax.pretraining.networks import Modules
 from ultradino_jax.pretraining.objective import Objective
+from ultradino_jax.run.images import (
+    make_crops,
+    make_source,
+    normalization,
+    phantom_source,
+)
+from ultradino_jax.run.limits import DTYPES, LIMITS, OPTIONAL, WEIGHTS
 from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from ultradino_jax.sharding import resolve_groups
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
 
 
@@ -66,87 +71,6 @@ class Plan:
         return self.feed.groups
 
 
-def normalization(name: str, source, channels: int):
-    """(mean, std) by name; 'cache' takes those measured when the cache was made.
-
-    Raises UserError for an unknown name, statistics of another channel count, or
-    'cache' with a source that has none.
-    """
-    if name == "cache":
-        if not isinstance(source, CacheSource):
-            raise UserError(
-                "data.normalization='cache' needs data.root to be a prepared cache"
-            )
-        mean, std = tuple(source.manifest["mean"]), tuple(source.manifest["std"])
-    elif name in NORMALIZATION:
-        mean, std = NORMALIZATION[name]
-    else:
-        names = ", ".join([*NORMALIZATION, "cache"])
-        raise UserError(f"data.normalization {name!r} is none of {names}")
-    if len(mean) == 1:
-        mean, std = mean * channels, std * channels
-    if len(mean) != channels:
-        raise UserError(
-            f"data.normalization={name!r} has {len(mean)} channels, "
-            f"data.channels is {channels}"
-        )
-    return tuple(mean), tuple(std)
-
-
-def phantom_source(config: ConfigDict) -> PhantomSource:
-    """The built-in phantom as the config describes it."""
-    d = config.data
-    return PhantomSource(
-        d.phantom_images,
-        tuple(d.phantom_size),
-        seed=d.phantom_seed,
-        channels=d.channels,
-        settings=d.phantom_settings or None,
-    )
-
-
-def make_source(config: ConfigDict):
-    """The images of a run: those of data.root, or the phantom when none is named."""
-    data = config.data
-    if data.render not in ("host", "device"):
-        raise UserError(f"data.render {data.render!r} is none of host, device")
-    if data.root:
-        list_file = data.list_file or None
-        return open_source(data.root, list_file=list_file, channels=data.channels)
-    if data.list_file:
-        raise UserError(f"data.list_file={data.list_file!r} needs data.root")
-    return phantom_source(config)
-
-
-def make_crops(config: ConfigDict) -> CropConfig:
-    """The multi-crop recipe: a named style with the config's changes."""
-    styles = {
-        "ultrasound": (CropConfig.ultrasound, "vertical_flip_prob"),
-        "imagenet": (CropConfig.imagenet, "horizontal_flip_prob"),
-    }
-    c = config.crops
-    if c.style not in styles:
-        raise UserError(f"crops.style {c.style!r} is none of {', '.join(styles)}")
-    style, flip = styles[c.style]
-    return style(
-        global_size=c.global_size,
-        local_size=c.local_size,
-        num_local=c.num_local,
-        global_scale=tuple(c.global_scale),
-        local_scale=tuple(c.local_scale),
-        **{flip: c.flip_prob},
-    )
-
-
-def compute_dtype(config: ConfigDict):
-    """Of model.dtype. Raises UserError when it is none of the two."""
-    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if config.model.dtype not in dtypes:
-        names = ", ".join(dtypes)
-        raise UserError(f"model.dtype {config.model.dtype!r} is none of {names}")
-    return dtypes[config.model.dtype]
-
-
 def make_backbone(config: ConfigDict, attention: str) -> ViT:
     """The ViT of a config, its position grid sized for the global crops.
 
@@ -155,13 +79,19 @@ def make_backbone(config: ConfigDict, attention: str) -> ViT:
     m = config.model
     own = ("variant", "dtype", "attention")
     overrides = {k: v for k, v in m.items() if k not in own}
-    return build_vit(
+    model = build_vit(
         m.variant,
-        dtype=compute_dtype(config),
+        dtype=DTYPES[m.dtype],
         image_size=config.crops.global_size,
         attention=attention,
         **overrides,
     )
+    if model.embed_dim % model.num_heads:
+        raise UserError(
+            f"model.embed_dim {model.embed_dim} is not divisible by model.num_heads "
+            f"{model.num_heads}"
+        )
+    return model
 
 
 def load_start(config: ConfigDict) -> Backbone | None:
@@ -206,18 +136,18 @@ def make_modules(
 def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Schedule]:
     """Every scheduled hyper-parameter as a function of the step.
 
-    Raises UserError when the warm-up does not fit the run.
+    Raises ValueError when the warm-up does not fit the run.
     """
     o, total = config.optim, config.epochs * steps_per_epoch
     peak = o.base_lr * (config.batch_size / o.reference_batch) ** 0.5
     warm = {"total": total, "warmup": int(o.warmup_epochs * steps_per_epoch)}
     freeze = int(o.freeze_last_layer_epochs * steps_per_epoch)
     t, loss = config.teacher, config.loss
-    weights = {}
-    if loss.koleo_weight_end is not None:
-        weights["koleo_weight"] = cosine_schedule(
-            loss.koleo_weight, loss.koleo_weight_end, total
-        )
+    weights = {
+        name: cosine_schedule(loss[name], end, total)
+        for name in WEIGHTS
+        if (end := loss.get(f"{name}_end")) is not None
+    }
     return {
         "lr": cosine_schedule(peak, o.min_lr, **warm),
         "last_layer_lr": cosine_schedule(peak, o.min_lr, freeze=freeze, **warm),
@@ -245,8 +175,10 @@ def make_loop(config: ConfigDict) -> LoopSettings:
 def make_feed(config: ConfigDict, patch_size: int, num_devices: int) -> FeedSettings:
     """What the input pipeline is built with; groups are raised for the devices.
 
-    Raises ValueError or UserError when batch, groups and accum_steps do not divide.
+    Raises ValueError or UserError when batch, groups and accum_steps do not divide, or
+    when nothing would be masked.
     """
+    side = config.crops.global_size
     groups = resolve_groups(config.groups, config.batch_size, num_devices)
     if groups % (config.accum_steps * num_devices):
         raise UserError(
@@ -254,13 +186,20 @@ def make_feed(config: ConfigDict, patch_size: int, num_devices: int) -> FeedSett
             f"{config.accum_steps}: groups must be a multiple of their product"
         )
     data, masking = config.data, config.masking
+    crops, patches = NUM_GLOBAL * config.batch_size // groups, (side // patch_size) ** 2
+    ratio = tuple(masking.ratio)
+    if not mask_buffer_length(crops, patches, masking.probability, ratio):
+        raise UserError(
+            f"masking.probability {masking.probability} and ratio {ratio} mask no "
+            f"patch of a group's {crops} crops of {patches} patches"
+        )
     return FeedSettings(
         batch_size=config.batch_size,
         groups=groups,
         patch_size=patch_size,
         canvas=data.canvas if data.render == "device" else None,
         mask_probability=masking.probability,
-        mask_ratio=tuple(masking.ratio),
+        mask_ratio=ratio,
         mask_style=masking.style,
         seed=config.seed,
         num_workers=data.workers,
@@ -287,17 +226,14 @@ def make_notes(config: ConfigDict, groups: int) -> tuple[str, ...]:
 
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     """Build and check everything. Raises UserError or OSError, one line each."""
-    with as_user_error():
-        return _make_plan(config, num_devices)
-
-
-def _make_plan(config, num_devices):
+    check(config, LIMITS, OPTIONAL)
     source = make_source(config)
     crops = make_crops(config)
     start = load_start(config)
-    attention, why = choose_attention(
-        config.model.attention, compute_dtype(config), jax.default_backend()
-    )
+    with as_user_error():
+        attention, why = choose_attention(
+            config.model.attention, DTYPES[config.model.dtype], jax.default_backend()
+        )
     modules = make_modules(config, attention, start)
     patch_size, channels = modules.backbone.patch_size, config.data.channels
     for side in (crops.global_size, crops.local_size):
@@ -305,7 +241,8 @@ def _make_plan(config, num_devices):
             raise UserError(
                 f"crop size {side} is not divisible by patch size {patch_size}"
             )
-    feed = make_feed(config, patch_size, num_devices)
+    with as_user_error():
+        feed = make_feed(config, patch_size, num_devices)
     mean, std = normalization(config.data.normalization, source, channels)
     steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
     if steps_per_epoch < 1:
@@ -313,7 +250,8 @@ def _make_plan(config, num_devices):
             f"{len(source)} images do not fill one batch of {config.batch_size}; "
             "set steps_per_epoch"
         )
-    schedules = make_schedules(config, steps_per_epoch)
+    with as_user_error():
+        schedules = make_schedules(config, steps_per_epoch)
     o, phantom = config.optim, phantom_source(config)
     optimizer = make_optimizer(
         learning_rate=schedules["lr"],

@@ -7,7 +7,6 @@ import time
 
 import jax
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.checkpoint import RunCheckpoints
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.pretraining.device_crops import rendered
@@ -15,6 +14,7 @@ from ultradino_jax.pretraining.step import init_state, make_train_step
 from ultradino_jax.run.bad_steps import skip_not_finite
 from ultradino_jax.run.plan import Plan
 from ultradino_jax.sharding import abstract_with, replicated, state_shardings
+from ultradino_jax.weights.backbone import Backbone
 
 
 def stream_of(plan: Plan) -> dict:

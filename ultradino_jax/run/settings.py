@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from ultradino_jax.errors import UserError
-
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
@@ -44,7 +42,3 @@ class NanPolicy:
 
     policy: str = "stop"
     max_skips: int = 10
-
-    def __post_init__(self):
-        if self.policy not in ("stop", "skip"):
-            raise UserError(f"nan.policy {self.policy!r} is none of stop, skip")

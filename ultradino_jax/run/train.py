@@ -21,6 +21,7 @@ from ultradino_jax.run.stops import RunStopped, Signals
 from ultradino_jax.run.workdir import Lock, describe, record_config, record_run
 from ultradino_jax.run.writer import Progress, Writer
 from ultradino_jax.sharding import batch_sharding, make_mesh
+from ultradino_jax.whole import named
 
 
 def join_others(
@@ -33,6 +34,8 @@ def join_others(
     place = (coordinator, num_processes, process_id)
     if coordinator and None in place:
         raise UserError("--coordinator needs --num_processes and --process_id")
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise UserError(f"--process_id {process_id} of {num_processes} processes")
     try:
         jax.distributed.initialize(*place)
     except (ValueError, RuntimeError) as error:
@@ -49,12 +52,12 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     finite or too many images are unreadable; RunPaused after a signal, the state being
     saved.
     """
-    workdir = Path(workdir)
+    workdir = named(workdir, "workdir")
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        plan = make_plan(config, len(jax.devices()))
         with as_user_error():
-            mesh = make_mesh(config.mesh.fsdp)
-        plan = make_plan(config, mesh.size)
+            mesh = make_mesh(**config.mesh)
         if is_main:
             stack.callback(Lock(workdir).close)
             record_config(config, workdir)

@@ -11,10 +11,9 @@ import jax
 from clu.parameter_overview import get_parameter_overview
 from ml_collections import ConfigDict
 
-from ultradino_jax.claim import claim
 from ultradino_jax.errors import UserError
 from ultradino_jax.run.plan import Plan
-from ultradino_jax.whole import write_json, write_whole
+from ultradino_jax.whole import claim, write_json, write_whole
 
 # Config keys that may differ when a run is resumed: they do not touch its numbers.
 FREE_KEYS = (

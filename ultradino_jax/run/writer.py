@@ -20,20 +20,10 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import image as image_summary
 from tensorboardX.summary import scalar as scalar_summary
 
+from ultradino_jax.errors import damaged
 from ultradino_jax.jsonl import MetricFile
 from ultradino_jax.pretraining.terms import terms_in
-
-
-def format_duration(seconds: float) -> str:
-    """90061 -> '1d 1h', 3700 -> '1h 1m', 75 -> '1m 15s'."""
-    seconds = int(seconds)
-    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-    parts = []
-    for name, size in units:
-        if seconds >= size or (name == "s" and not parts):
-            parts.append(f"{seconds // size}{name}")
-            seconds %= size
-    return " ".join(parts[:2])
+from ultradino_jax.progress import format_duration
 
 
 class Board:
@@ -82,10 +72,11 @@ class Writer:
 
     def __init__(self, workdir: str | Path, *, start_step: int = 0):
         self.workdir = workdir = Path(workdir)
-        self.metrics, self.health, self.skipped, self.timing = self.files = [
-            MetricFile(workdir / f"{name}.jsonl", start_step)
-            for name in ("metrics", "health", "skipped", "timing")
-        ]
+        with damaged(workdir):
+            self.metrics, self.health, self.skipped, self.timing = self.files = [
+                MetricFile(workdir / f"{name}.jsonl", start_step)
+                for name in ("metrics", "health", "skipped", "timing")
+            ]
         self.board = Board(workdir / "tensorboard", start_step)
 
     def write(self, step: int, metrics: dict, timing: dict) -> None:

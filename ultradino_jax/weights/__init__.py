@@ -1,1 +1,1 @@
-"""Weight files in: other projects' names and shapes to ours."""
+"""Files in: what a backbone is, and one door to every file that holds one."""

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.models.vit import VARIANTS
 from ultradino_jax.weights import dinov2, hf, ibot, timm, usfm
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.family import Family
 from ultradino_jax.weights.files import WeightFile
 

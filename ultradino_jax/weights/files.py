@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ultradino_jax.errors import MissingPackage, UserError
+from ultradino_jax.errors import MissingPackage, UserError, first_line
 from ultradino_jax.whole import read_json
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -88,9 +88,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict | No
             for name in sorted(file.keys()):
                 tensors[name] = file.get_tensor(name)
     except SafetensorError as error:
-        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{path}: damaged, cut short or not a safetensors file ({reason})"
+            f"{path}: damaged, cut short or not a safetensors file "
+            f"({first_line(error)})"
         ) from error
     except (AttributeError, TypeError) as error:  # as the package asks NumPy for it
         raise UserError(f"{path}: {name}: dtype not supported ({error})") from error
@@ -171,10 +171,9 @@ def _torch_load(torch, path: Path) -> Any:
                 f"refused: the pickle would call {', '.join(calls) or 'code'}; only "
                 "tensors and plain values are read"
             ) from error
-        reason = str(error).strip().splitlines()[0][:120]
         raise UserError(
             f"damaged, cut short or not a torch checkpoint ({type(error).__name__}: "
-            f"{reason})"
+            f"{first_line(error)[:120]})"
         ) from error
 
 

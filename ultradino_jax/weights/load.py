@@ -7,14 +7,13 @@ files. The family is told from the tensor names. Every tensor is placed, or name
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from einops import rearrange, reduce, repeat
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.models.vit import VARIANTS
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.families import backbone_from_tensors, family_of_model
 from ultradino_jax.weights.files import read_weights
 from ultradino_jax.weights.own import (
@@ -23,6 +22,7 @@ from ultradino_jax.weights.own import (
     own_folder,
     read_backbone,
 )
+from ultradino_jax.whole import named
 
 
 def load_backbone(
@@ -44,9 +44,7 @@ def load_backbone(
     line that names the file and what is wrong: the missing and the unexpected tensors
     of a partial fit, wrong shapes, another architecture, a damaged file.
     """
-    if not os.fspath(path):
-        raise UserError("the name of the checkpoint is empty")
-    path = Path(path)
+    path = named(path, "checkpoint")
     if arch and arch not in VARIANTS:
         raise UserError(
             f"unknown ViT variant {arch!r}; choose one of {', '.join(VARIANTS)}"

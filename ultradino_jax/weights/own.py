@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ultradino_jax.backbone import Backbone
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged, out_of_memory
 from ultradino_jax.tree import flat_names
+from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.families import MODELS
 from ultradino_jax.weights.files import WeightFile
 from ultradino_jax.weights.meta import check_placement, nest
@@ -24,7 +25,7 @@ def record_to_backbone(record: dict, params, source: str) -> Backbone:
     Raises UserError, starting with `source`, for an unknown model class and for a
     record that does not say everything.
     """
-    try:
+    with damaged(source):
         name = record.get("class", "ViT")
         if name not in MODELS:
             raise UserError(f"{source}: unknown model class {name!r} in its record")
@@ -39,8 +40,6 @@ def record_to_backbone(record: dict, params, source: str) -> Backbone:
             name=record["name"],
             source=source,
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{source}: its record is damaged: {error}") from error
 
 
 def own_folder(path: str | Path) -> Path | None:
@@ -62,22 +61,35 @@ def read_backbone(path: str | Path) -> Backbone:
         raise FileNotFoundError(
             f"no {RECORD} in {str(path)!r} or its folder 'backbone'"
         )
-    backbone = record_to_backbone(read_json(folder / RECORD), None, str(folder))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    record = read_json(folder / RECORD)
+    with damaged(folder):
+        backbone = record_to_backbone(record, None, str(folder))
+        shapes = _abstract_params(backbone)
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        _abstract_params(backbone),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
+    params = restore_arrays(folder / "params", target, RECORD)
+    return dataclasses.replace(backbone, params=params)
+
+
+def restore_arrays(folder: Path, target, record: str) -> Any:
+    """A tree of arrays that Orbax wrote, of the shapes of `target`.
+
+    record: name of the file beside it that tells the architecture. Raises UserError
+    when the arrays are damaged or of another architecture.
+    """
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(folder / "params", target)
-    except ValueError as error:
+            return checkpointer.restore(folder, target)
+    except Exception as error:  # whatever a damaged file makes Orbax raise
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
         reason = str(error).split("Truncating")[0].split("If this")[0]
         raise UserError(
-            f"{folder}: the parameters are not of the architecture that its "
-            f"{RECORD} names: {' '.join(reason.split())}"
+            f"{folder.parent}: the parameters are damaged, or not of the architecture "
+            f"that its {record} names: {' '.join(reason.split())[:600]}"
         ) from error
-    return dataclasses.replace(backbone, params=params)
 
 
 def is_flat(file: WeightFile) -> bool:
@@ -96,8 +108,10 @@ def backbone_from_flat(file: WeightFile, source: str) -> Backbone:
     if kind != "backbone":
         raise UserError(f"holds a {kind}; exports.formats.load_task reads it")
     params = jax.tree.map(jnp.asarray, nest(file.tensors))
-    backbone = record_to_backbone(file.record, params, source)
-    shapes = {k: x.shape for k, x in flat_names(_abstract_params(backbone)).items()}
+    with damaged(source):
+        backbone = record_to_backbone(file.record, params, source)
+        abstract = _abstract_params(backbone)
+    shapes = {k: x.shape for k, x in flat_names(abstract).items()}
     check_placement(file.tensors, shapes)
     return backbone
 

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.evaluators.baselines import untrained
 from ultradino_jax.evaluators.classification import finetune as ft
@@ -16,6 +15,7 @@ from ultradino_jax.evaluators.classification.classifier import NORM_EPS
 from ultradino_jax.evaluators.classification.mixup import soft_cross_entropy
 from ultradino_jax.models.layers import NORM_MOMENTUM, batch_norm
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone
 
 
 def test_head_equals_the_reference(golden):

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import labelled_images
 from ultradino_jax.evaluators.baselines import raw_pixels, untrained
 from ultradino_jax.evaluators.classification import linear
@@ -18,6 +17,7 @@ from ultradino_jax.evaluators.classification.recipe import (
 from ultradino_jax.evaluators.features import Features, extract_features
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.schedules import warmup_cosine
+from ultradino_jax.weights.backbone import Backbone
 
 
 def test_schedule_equals_the_reference(golden):

@@ -119,14 +119,11 @@ def test_input_without_checkpoint_is_that_of_pretraining():
     [
         (("unet", "teacher"), {}, "row 'teacher' needs --checkpoint"),
         (("random init",), {}, "without --checkpoint the size of the network is"),
-        (("random init",), {"model.arch": "huge"}, "unknown ViT variant 'huge'"),
         (
             ("random init",),
             {"model.arch": "tiny", "model.patch_size": 14},
             "image size 32 is not a multiple of the patch size 14",
         ),
-        (("vnet",), {}, "row 'vnet' is unknown; choose of teacher, random init, unet"),
-        ((), {}, "config.rows is empty"),
     ],
 )
 def test_rows_that_cannot_be_are_named(tmp_path, rows, changes, message):
@@ -234,4 +231,6 @@ def test_eval_needs_no_checkpoint_flag(tmp_path):
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 1
-    assert run.stderr.strip().splitlines()[-1].startswith("error: row 'vnet' is unkn")
+    assert (
+        run.stderr.strip().splitlines()[-1].startswith("error: config.rows=('vnet',)")
+    )

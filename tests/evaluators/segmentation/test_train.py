@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.evaluators.segmentation import train as segmentation_train
 from ultradino_jax.evaluators.segmentation.segmenter import load_segmenter
 from ultradino_jax.evaluators.segmentation.train import (
@@ -17,6 +16,7 @@ from ultradino_jax.evaluators.segmentation.train import (
     train_segmenter,
 )
 from ultradino_jax.models.vit import ViT
+from ultradino_jax.weights.backbone import Backbone
 
 RECIPE = Recipe(120, 5, 16, 1e-2, drop_path=0.1, validate_every=40)
 

@@ -122,6 +122,7 @@ def patient_of(video: str) -> str:
     return stamp.group() if stamp else video
 
 
+GROUPS = ("examination", "day")
 PUBLISHED = Published(
     name="jnu_ifm",
     about=__doc__,
@@ -146,8 +147,8 @@ def load(
     group_by: 'examination' groups videos of one time stamp, 'day' those of one day,
     which is stricter.
     """
-    if group_by not in ("examination", "day"):
-        raise UserError(f"group_by={group_by!r}: choose 'examination' or 'day'")
+    if group_by not in GROUPS:
+        raise UserError(f"group_by={group_by!r}: choose one of {', '.join(GROUPS)}")
     data = load_segmented(PUBLISHED, data_dir, manual_dir=manual_dir, download=download)
     if group_by == "day":
         days = np.array([p.split("T")[0] for p in data.patients], np.str_)

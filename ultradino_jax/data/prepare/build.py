@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.claim import check_same
 from ultradino_jax.data.cache import (
     FORMAT,
     INDEX,
@@ -26,8 +25,8 @@ from ultradino_jax.data.prepare.dedup import ExcludeList, NearIndex
 from ultradino_jax.data.prepare.file import MemberResult
 from ultradino_jax.data.prepare.report import write_report
 from ultradino_jax.data.prepare.scan import Key
-from ultradino_jax.errors import UserError
-from ultradino_jax.whole import read_json, whole_file, write_json
+from ultradino_jax.errors import UserError, damaged
+from ultradino_jax.whole import check_same, read_json, whole_file, write_json
 
 DEDUP = ("near", "exact", "none")
 
@@ -96,7 +95,7 @@ class CacheBuilder:
         """The manifest of a finished cache, else None with the journals read."""
         manifest, plan = self._root / "manifest.json", self._work / "plan.json"
         if manifest.exists():
-            content = _load(manifest)
+            content = read_json(manifest)
             if content.get("format") != FORMAT:
                 raise UserError(f"{manifest}: belongs to something else")
             self._check_plan(content.get("plan") or {})
@@ -110,7 +109,7 @@ class CacheBuilder:
             except BlockingIOError:
                 raise UserError(f"{self._root}: another prepare is at work") from None
             if plan.exists():
-                self._check_plan(_load(plan))
+                self._check_plan(read_json(plan))
             elif [p.name for p in self._root.iterdir()] != [".work"]:
                 raise UserError(f"{self._root}: not empty, and no cache of prepare")
             else:
@@ -122,20 +121,23 @@ class CacheBuilder:
 
     def _resume(self) -> None:
         while (path := self._journal(len(self._shards))).exists():
-            entry = _load(path)
-            self.cursor = tuple(entry["cursor"])
-            self.counts = {k: Counter(v) for k, v in entry["counts"].items()}
-            self._moments = entry["moments"]
-            self._shards.append(entry["shard"])
-            index = np.load(self._root / entry["shard"]["file"].replace(_AR, ".npy"))
-            for row in index:
-                self._remember(row)
+            with damaged(path):
+                self._read_journal(read_json(path))
         done = {shard["file"] for shard in self._shards}
         done |= {name.replace(_AR, ".npy") for name in done}
         # What was cut off when it was written; earlier versions called it .tmp.
         for file in (*self._root.glob("shard-*"), *self._root.glob("*.tmp")):
             if file.name not in done:
                 file.unlink(missing_ok=True)
+
+    def _read_journal(self, entry: dict) -> None:
+        self.cursor = tuple(entry["cursor"])
+        self.counts = {k: Counter(v) for k, v in entry["counts"].items()}
+        self._moments = entry["moments"]
+        self._shards.append(entry["shard"])
+        index = np.load(self._root / entry["shard"]["file"].replace(_AR, ".npy"))
+        for row in index:
+            self._remember(row)
 
     def _check_plan(self, found: dict) -> None:
         check_same(
@@ -264,7 +266,7 @@ class CacheBuilder:
                 open(fresh, "w") as file,
             ):
                 for number in range(len(self._shards)):
-                    for line in _load(self._journal(number))["skipped"]:
+                    for line in read_json(self._journal(number))["skipped"]:
                         file.write(line + "\n")
                 file.writelines(line + "\n" for line in last)
             write_report(self._root, manifest)
@@ -276,10 +278,3 @@ class CacheBuilder:
 
 
 _AR = ".array_record"
-
-
-def _load(path: Path) -> dict:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged")
-    return content

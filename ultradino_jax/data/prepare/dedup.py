@@ -95,8 +95,8 @@ class ExcludeList:
         for path in paths:
             data = Path(path).read_bytes()
             self.digests.append(hashlib.sha256(data).hexdigest())
-            head, *lines = data.decode().splitlines() or [""]
             try:
+                head, *lines = data.decode().splitlines() or [""]
                 if json.loads(head) != _FORMAT:
                     raise ValueError
                 for line in lines:

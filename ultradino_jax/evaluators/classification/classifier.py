@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone, save_backbone
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.features import Preprocess, probe_tokens
+from ultradino_jax.weights.backbone import Backbone, save_backbone
 from ultradino_jax.weights.load import load_backbone
 from ultradino_jax.whole import read_json, whole_folder, write_json
 
@@ -116,25 +116,24 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     else:
         raise FileNotFoundError(f"no {RECORD} in {str(path)!r} or its folder {FOLDER}")
     record = read_json(folder / RECORD)
-    wanted = record["backbone"]
-    if wanted["checkpoint"] is None:
-        backbone = load_backbone(folder / "backbone")
-    elif not Path(wanted["checkpoint"]).exists():
+    with damaged(folder):
+        wanted = record["backbone"]
+        sizes = {k: int(wanted[k]) for k in ("image_size", "channels")}
+        options = {k: record[k] for k in ("layers", "patch", "antialias")}
+        classes, digest = tuple(record["classes"]), str(wanted["digest"])
+        named = wanted["checkpoint"] is not None
+        place = Path(wanted["checkpoint"]) if named else folder / "backbone"
+        with np.load(folder / "head.npz") as arrays:
+            head = dict(arrays)
+    if named and not place.exists():
         raise FileNotFoundError(
-            f"the backbone of {str(folder)!r} is no longer at "
-            f"{wanted['checkpoint']!r}: correct the path in {RECORD}"
+            f"the backbone of {str(folder)!r} is no longer at {str(place)!r}: correct "
+            f"the path in {RECORD}"
         )
-    else:
-        sizes = {k: wanted[k] for k in ("image_size", "channels")}
-        backbone = load_backbone(wanted["checkpoint"], **sizes)
-    if backbone.digest != wanted["digest"]:
+    backbone = load_backbone(place, **sizes)
+    if backbone.digest != digest:
         raise UserError(
-            f"{str(folder)!r} was trained on a backbone of digest "
-            f"{wanted['digest'][:12]}; {wanted['checkpoint']!r} now holds "
-            f"{backbone.digest[:12]}"
+            f"{str(folder)!r} was trained on a backbone of digest {digest[:12]}; "
+            f"{str(place)!r} now holds {backbone.digest[:12]}"
         )
-    with np.load(folder / "head.npz") as arrays:
-        head = dict(arrays)
-    options = {k: record[k] for k in ("layers", "patch", "antialias")}
-    classes = tuple(record["classes"])
     return Classifier(backbone, head, classes=classes, **options), record

@@ -14,7 +14,7 @@ import numpy as np
 
 from ultradino_jax.cli import command
 from ultradino_jax.data.datasets.archive import read_table
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.bootstrap import (
     interval,
     resampled_weights,
@@ -37,9 +37,15 @@ def read_entry(path: str | Path, entry: str = "") -> dict:
     path: a results.json with its predictions.csv beside it. entry: label of an entry;
     by default the teacher's, if there is one only. labels [n] and predictions [runs,n]
     are class indices, images sorted by id.
-    Raises UserError naming the entries when the choice is not clear.
+    Raises UserError naming the entries when the choice is not clear, and when the
+    files are damaged or not of one evaluation.
     """
     path = Path(path)
+    with damaged(path):
+        return _read_entry(path, entry)
+
+
+def _read_entry(path: Path, entry: str) -> dict:
     results = read_json(path)
     if results.get("format") != FORMAT:
         raise UserError(f"{path}: not the results of a classification evaluation")
@@ -56,6 +62,8 @@ def read_entry(path: str | Path, entry: str = "") -> dict:
     for line in read_table(table.read_bytes(), wanted, str(table)):
         if line["entry"] == chosen[0] and line["set"] == "test":
             runs.setdefault(line["seed"], {})[line["id"]] = line
+    if not runs:
+        raise UserError(f"{table}: there is no test image of {chosen[0]}")
     first = next(iter(runs.values()))
     ids = sorted(first)
     return {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages, check_splits
 from ultradino_jax.data.datasets.open import open_labelled
 from ultradino_jax.errors import UserError
@@ -25,6 +24,7 @@ from ultradino_jax.evaluators.classification.settings import Settings, read_sett
 from ultradino_jax.evaluators.evaluation import Entry, begin, seed_folder
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.load import backbone_of
+from ultradino_jax.weights.backbone import Backbone
 
 PACKAGES = ("scikit-learn", "opencv-python-headless")
 FILES = ("predictions.csv", "confusion.png")

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import (
@@ -39,6 +38,7 @@ from ultradino_jax.models.layers import NORM_MOMENTUM, batch_norm
 from ultradino_jax.optimizer import learning_rate_table, weight_decay_table
 from ultradino_jax.schedules import warmup_cosine
 from ultradino_jax.sharding import row_sharding
+from ultradino_jax.weights.backbone import Backbone
 
 METRIC = "val_macro_f1"
 # What the reference's config says and what its optimiser did: it builds groups with

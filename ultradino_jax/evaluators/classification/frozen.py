@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import LabelledImages, few_per_class
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import RawPixels
@@ -26,6 +25,7 @@ from ultradino_jax.evaluators.classification.settings import Settings
 from ultradino_jax.evaluators.evaluation import Entry, seed_folder
 from ultradino_jax.evaluators.features import Features, Preprocess, extract_features
 from ultradino_jax.evaluators.load import TRAINED_ROW
+from ultradino_jax.weights.backbone import Backbone
 
 Labelled = tuple[Features, np.ndarray]
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import LabelledImages
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import Classifier
@@ -30,9 +29,10 @@ from ultradino_jax.evaluators.classification.recipe import (
     train_batches,
 )
 from ultradino_jax.evaluators.features import Features, Preprocess, probe_tokens
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.progress import Progress
 from ultradino_jax.schedules import warmup_cosine
 from ultradino_jax.sharding import row_sharding
+from ultradino_jax.weights.backbone import Backbone
 
 # fmt: off
 LEARNING_RATES = (

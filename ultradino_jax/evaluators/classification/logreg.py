@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.linear import check_labels
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.progress import Progress
 
 # DINOv2's sweep, `eval/log_regression.py`.
 C_GRID = tuple(10.0 ** np.linspace(-6, 5, 45))

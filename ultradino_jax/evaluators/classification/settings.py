@@ -4,13 +4,81 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
+from ultradino_jax.data.datasets.open import LABELLED
 from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.classification.finetune import Recipe
-from ultradino_jax.evaluators.evaluation import check_rows
+from ultradino_jax.evaluators import evaluation
+from ultradino_jax.evaluators.classification.finetune import WEIGHT_DECAY, Recipe
+from ultradino_jax.evaluators.evaluation import COUNT
 from ultradino_jax.evaluators.load import Wanted
+from ultradino_jax.limits import (
+    FLAG,
+    SEED,
+    TEXT,
+    Limit,
+    check,
+    choice,
+    integer,
+    number,
+    positive,
+    several,
+)
 
 MODES = ("linear", "finetune", "knn", "logreg", "fewshot")
 ROWS = ("teacher", "random init", "raw pixels")
+METHODS = ("linear", "logreg", "knn")
+# Half of a batch is mixed with the other half.
+BATCH = integer(2)
+
+
+def _is_grid(value) -> bool:
+    listed = isinstance(value, tuple | list) and len(value) == 3
+    return (
+        listed
+        and all(map(number(-300, 300).allows, value[:2]))
+        and (COUNT.allows(value[2]))
+    )
+
+
+_DATA = {
+    **{k: v for k, v in evaluation.LIMITS.items() if k.startswith("data.")},
+    "data.name": choice(LABELLED),
+    "data.split_files": Limit(
+        lambda value: several(TEXT).allows(value) and len(value) in (0, 3),
+        "no or three files: train, val, test",
+    ),
+    "data.mask_corner": FLAG,
+}
+LIMITS = {
+    **evaluation.LIMITS,
+    **_DATA,
+    **{f"external.{k.removeprefix('data.')}": v for k, v in _DATA.items()},
+    "external.name": choice(("", *LABELLED)),
+    "task": choice(("classification",)),
+    "mode": choice(MODES),
+    "rows": several(choice(ROWS), least=1),
+    "model.antialias": FLAG,
+    "batch_size": COUNT,
+    "linear.recipe": choice(("paper", "cached")),
+    "linear.batch_size": BATCH,
+    "linear.epochs": COUNT,
+    "linear.warmup_epochs": integer(0),
+    "finetune.layerwise": choice(WEIGHT_DECAY),
+    "finetune.learning_rate": positive(),
+    "finetune.layerwise_decay": positive(1),
+    "finetune.batch_size": BATCH,
+    "finetune.epochs": COUNT,
+    "finetune.warmup_epochs": integer(0),
+    "finetune.checkpoint_every": COUNT,
+    "knn.ks": several(COUNT, least=1),
+    "knn.temperature": positive(),
+    "logreg.log10_c": Limit(_is_grid, "three numbers: powers from, to, and how many"),
+    "logreg.max_iter": COUNT,
+    "fewshot.shots": several(COUNT, least=1),
+    "fewshot.unit": choice(("images", "patients")),
+    "fewshot.seeds": several(SEED, least=1),
+    "fewshot.methods": several(choice(METHODS), least=1),
+    "fewshot.linear_steps": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +147,15 @@ class Settings:
 
 
 def read_settings(config: ConfigDict) -> Settings:
-    """Raises UserError for an unknown mode or row."""
-    if config.mode not in MODES:
-        raise UserError(f"mode {config.mode!r}: choose one of {', '.join(MODES)}")
-    check_rows(config.rows, ROWS)
+    """Raises UserError for a value that cannot be, as `limits.check`."""
+    check(config, LIMITS)
+    for name in ("linear", "finetune"):
+        c = config[name]
+        if c.warmup_epochs > c.epochs:
+            raise UserError(
+                f"config.{name}: {c.warmup_epochs} warm-up epochs do not fit "
+                f"{c.epochs} epochs"
+            )
     m = config.model
     return Settings(
         mode=config.mode,

@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.open import open_segmented
 from ultradino_jax.data.datasets.segmented import SegmentedImages
@@ -42,6 +41,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import usable_backbone
 from ultradino_jax.evaluators.segmentation.settings import Settings, read_settings
 from ultradino_jax.evaluators.segmentation.train import METRIC, Pairs, train_segmenter
 from ultradino_jax.evaluators.training import best_figure
+from ultradino_jax.weights.backbone import Backbone
 
 PACKAGES = ("scipy", "opencv-python-headless")
 FILES = ("splits", "predictions", "overlays.png")

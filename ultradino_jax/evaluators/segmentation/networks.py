@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.models.multiresunet import MultiResUNet
 from ultradino_jax.models.unet import UNet
 from ultradino_jax.models.unetr import UNETR
 from ultradino_jax.normalization import FUS
+from ultradino_jax.weights.backbone import Backbone
 
 NETWORKS = {"unet": UNet, "multiresunet": MultiResUNet, "unetr": UNETR}
 

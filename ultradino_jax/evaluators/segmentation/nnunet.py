@@ -22,13 +22,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ultradino_jax import cli
-from ultradino_jax.claim import check_same
 from ultradino_jax.data.datasets.open import open_segmented
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.baselines import IMAGE_SIZE
 from ultradino_jax.evaluators.evaluation import Call, Entry, versions
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.progress import Progress
 from ultradino_jax.evaluators.segmentation import metrics, results
 from ultradino_jax.evaluators.segmentation.evaluate import (
     PACKAGES,
@@ -39,7 +37,8 @@ from ultradino_jax.evaluators.segmentation.evaluate import (
 )
 from ultradino_jax.evaluators.segmentation.nnunet_data import export_split, read_masks
 from ultradino_jax.evaluators.segmentation.settings import read_settings
-from ultradino_jax.whole import read_json, write_json
+from ultradino_jax.progress import Progress
+from ultradino_jax.whole import check_same, flat, read_json, write_json
 
 FORMAT = "ultradino_nnunet"
 RECORD = "nnunet.json"
@@ -82,11 +81,20 @@ def export(config: ConfigDict, workdir: str | Path, say=print) -> dict:
 
 
 def read_record(workdir: str | Path) -> dict:
-    """nnunet.json of an export. Raises FileNotFoundError when there is none."""
+    """nnunet.json of an export.
+
+    Raises FileNotFoundError when there is none, UserError when it is damaged.
+    """
     path = Path(workdir) / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"no {RECORD} in {str(workdir)!r}; export first")
-    return read_json(path)
+    record = read_json(path)
+    with damaged(path):
+        flat(record["config"])
+        facts = [*record["seeds"].values()]
+        if not facts or not all({"dataset", "split_hash"} <= {*seed} for seed in facts):
+            raise UserError(f"{path}: it lacks the seeds of the export")
+    return record
 
 
 def find_commands(folder: str | Path) -> Path:
@@ -309,7 +317,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder for data, training and results")
     flags.DEFINE_string("bin", None, "bin folder of the environment with nnunetv2")
     flags.DEFINE_string("trainer", "nnUNetTrainer", "class of nnU-Net")
-    flags.DEFINE_string("device", "cuda", "cuda, cpu or mps")
-    flags.DEFINE_integer("processes", 4, "workers of nnU-Net's steps")
+    flags.DEFINE_enum("device", "cuda", ["cuda", "cpu", "mps"], "of nnU-Net")
+    flags.DEFINE_integer("processes", 4, "workers of nnU-Net's steps", lower_bound=1)
     flags.mark_flags_as_required(["workdir"])
     cli.run(main)

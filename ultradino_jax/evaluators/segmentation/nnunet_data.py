@@ -14,7 +14,7 @@ from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.evaluators.progress import Progress
+from ultradino_jax.progress import Progress
 from ultradino_jax.whole import whole_folder, write_json
 
 IGNORE = 255

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ultradino_jax.backbone import Backbone, backbone_record
-from ultradino_jax.errors import UserError
+from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation.networks import Network
 from ultradino_jax.models.upernet import UperNet, default_taps
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.sharding import row_sharding
-from ultradino_jax.weights.own import record_to_backbone
+from ultradino_jax.weights.backbone import Backbone, backbone_record
+from ultradino_jax.weights.own import record_to_backbone, restore_arrays
 from ultradino_jax.whole import read_json, whole_folder, write_json
 
 RECORD = "segmenter.json"
@@ -199,15 +199,15 @@ def load_segmenter(path: str | Path) -> tuple[Segmenter, dict]:
             f"no {RECORD} in {str(path)!r} or its folder 'segmenter'"
         )
     record = read_json(folder / RECORD)
-    backbone, model = module_of(record, str(folder))
-    side = backbone.image_size
-    images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)
-    target = jax.eval_shape(model.init, jax.random.key(0), images)
+    with damaged(folder):
+        classes, letterbox = tuple(record["classes"]), record.get("letterbox", False)
+        backbone, model = module_of(record, str(folder))
+        side = backbone.image_size
+        images = jax.ShapeDtypeStruct((1, side, side, backbone.channels), jnp.float32)
+        target = jax.eval_shape(model.init, jax.random.key(0), images)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), target
     )
-    with ocp.StandardCheckpointer() as checkpointer:
-        variables = checkpointer.restore(folder / "variables", dict(target))
-    classes, letterbox = tuple(record["classes"]), record.get("letterbox", False)
+    variables = restore_arrays(folder / "variables", dict(target), RECORD)
     return Segmenter(backbone, model, variables, classes, letterbox), record

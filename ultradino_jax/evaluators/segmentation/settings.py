@@ -5,18 +5,66 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ultradino_jax.data.datasets.jnu_ifm import GROUPS
+from ultradino_jax.data.datasets.open import SEGMENTED
 from ultradino_jax.data.datasets.segmented import SegmentedImages, make_splits
-from ultradino_jax.errors import UserError
-from ultradino_jax.evaluators.evaluation import check_rows
+from ultradino_jax.evaluators import evaluation
+from ultradino_jax.evaluators.evaluation import COUNT
 from ultradino_jax.evaluators.load import Wanted
+from ultradino_jax.evaluators.segmentation.augment import TRANSLATIONS
+from ultradino_jax.evaluators.segmentation.loss import DICE_KINDS
 from ultradino_jax.evaluators.segmentation.networks import NETWORKS
+from ultradino_jax.evaluators.segmentation.segmenter import REGISTERS
 from ultradino_jax.evaluators.segmentation.train import Recipe
+from ultradino_jax.limits import (
+    TEXT,
+    below,
+    check,
+    choice,
+    integer,
+    number,
+    positive,
+    several,
+)
+from ultradino_jax.models.layers import NORMS
 
 ROWS = ("teacher", "random init", *NETWORKS)
 BUDGETS = ("paper", "equal")
 RESIZES = ("stretch", "letterbox")
 # What a network's section says beside the fields of its module.
 OWN_RECIPE = ("learning_rate", "weight_decay", "steps")
+LIMITS = {
+    **evaluation.LIMITS,
+    "task": choice(("segmentation",)),
+    "subset": TEXT,
+    "rows": several(choice(ROWS), least=1),
+    "data.name": choice(SEGMENTED),
+    "data.split_file": TEXT,
+    "data.max_images": COUNT,
+    "data.group_by": choice(GROUPS),
+    "model.resize": choice(RESIZES),
+    "model.registers": choice(REGISTERS),
+    "model.norm": choice(NORMS),
+    "model.head_channels": integer(0),
+    "train.steps": COUNT,
+    "train.scratch_steps": COUNT,
+    "train.budget": choice(BUDGETS),
+    "train.warmup_steps": COUNT,
+    "train.batch_size": COUNT,
+    "train.learning_rate": positive(),
+    "train.drop_path": below(1),
+    "train.dice": choice(DICE_KINDS),
+    "train.translation": choice(TRANSLATIONS),
+    "train.validate_every": COUNT,
+    "train.checkpoint_every": COUNT,
+    **{f"{row}.learning_rate": positive() for row in NETWORKS},
+    **{f"{row}.weight_decay": number(0) for row in NETWORKS},
+    **{f"{row}.{key}": COUNT for row in NETWORKS for key in ("steps", "width")},
+    "unet.norm": choice(NORMS),
+    "unetr.embed_dim": COUNT,
+    "unetr.depth": COUNT,
+    "unetr.num_heads": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -44,13 +92,9 @@ class Settings:
 
 
 def read_settings(config: ConfigDict) -> Settings:
-    """Raises UserError for an unknown row, budget or way to resize."""
-    check_rows(config.rows, ROWS)
+    """Raises UserError for a value that cannot be, as `limits.check`."""
+    check(config, LIMITS)
     m, d = config.model, config.data
-    if m.resize not in RESIZES:
-        raise UserError(
-            f"model.resize={m.resize!r}: choose one of {', '.join(RESIZES)}"
-        )
     return Settings(
         rows=tuple(config.rows),
         seeds=tuple(config.seeds),
@@ -81,8 +125,6 @@ def read_settings(config: ConfigDict) -> Settings:
 def _recipe(config: ConfigDict, row: str) -> Recipe:
     """Of config.train, with what a network's own section says instead."""
     c = config.train
-    if c.budget not in BUDGETS:
-        raise UserError(f"budget {c.budget!r}: choose one of {', '.join(BUDGETS)}")
     if row in NETWORKS:
         own = {key: config[row][key] for key in OWN_RECIPE}
     else:

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import optax
 
-from ultradino_jax.backbone import Backbone
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.evaluators.segmentation.augment import augment_pair
 from ultradino_jax.evaluators.segmentation.loss import cross_entropy, dice_loss
@@ -37,6 +36,7 @@ from ultradino_jax.evaluators.training import Job, train
 from ultradino_jax.schedules import warmup_linear
 from ultradino_jax.sharding import row_sharding
 from ultradino_jax.tree import map_with_name
+from ultradino_jax.weights.backbone import Backbone
 
 WEIGHT_DECAY = 0.01
 METRIC = "val_dice"
@@ -49,7 +49,7 @@ class Recipe:
 
     drop_path, norm, head_channels (0 for the backbone's D) are UperNet's. letterbox
     says how the pairs were made from images, for those to come. validate_every: steps,
-    checkpoint_every: validations.
+    checkpoint_every: validations. Raises UserError when the warm-up is too long.
     """
 
     steps: int = 20_000
@@ -65,6 +65,13 @@ class Recipe:
     validate_every: int = 450
     checkpoint_every: int = 4
     letterbox: bool = False
+
+    def __post_init__(self):
+        if self.warmup_steps >= self.steps:
+            raise UserError(
+                f"{self.warmup_steps} warm-up steps do not fit {self.steps} steps of "
+                "training"
+            )
 
 
 # The order in which settings were recorded before they had names.
@@ -221,14 +228,9 @@ def train_segmenter(
 
     The state is kept in `workdir` while it trains; running it again goes on from there,
     or returns at once when it had ended. Raises UserError when the workdir belongs to
-    another training, when the warm-up is too long, or when the loss is not finite.
+    another training, or when the loss is not finite.
     """
     steps, batch_size = recipe.steps, recipe.batch_size
-    if not 0 < recipe.warmup_steps < steps:
-        raise UserError(
-            f"{name}: {recipe.warmup_steps} warm-up steps do not fit {steps} steps of "
-            "training"
-        )
     identity = _identity(backbone, split_hash, recipe, seed)
     job = _job(recipe, identity, Path(workdir), name)
     if (job.workdir / FOLDER).is_dir():

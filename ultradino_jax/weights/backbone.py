@@ -1,7 +1,7 @@
 """Backbones: a frozen model with what feeds it, written as a folder.
 
 The folder holds `backbone.json`, which says how to build and feed the model, and its
-parameters (Orbax). weights/ reads it.
+parameters (Orbax). own.py reads it.
 """
 
 import dataclasses

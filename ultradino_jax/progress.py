@@ -1,11 +1,23 @@
-"""A line every few seconds for work that takes longer: rate and time left."""
+"""How far work has got, said to people: rate and time left."""
 
 import sys
 import time
 
 
+def format_duration(seconds: float) -> str:
+    """90061 -> '1d 1h', 3700 -> '1h 1m', 75 -> '1m 15s'."""
+    seconds = int(seconds)
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    parts = []
+    for name, size in units:
+        if seconds >= size or (name == "s" and not parts):
+            parts.append(f"{seconds // size}{name}")
+            seconds %= size
+    return " ".join(parts[:2])
+
+
 class Progress:
-    """Reports `name: done/total, rate, time left` to standard error.
+    """A line every few seconds to standard error: `name: done/total, time left, rate`.
 
     Nothing is printed for work that ends within `every` seconds.
     """
@@ -29,16 +41,14 @@ class Progress:
     def close(self) -> None:
         """Print the closing line if anything was printed before."""
         if self.last != self.start:
-            print(
-                f"{self.name}: done in {time.monotonic() - self.start:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            took = format_duration(time.monotonic() - self.start)
+            print(f"{self.name}: done in {took}", file=sys.stderr, flush=True)
 
     def _print(self, done, rate, now):
         line = f"{self.name}: {done}"
         if self.total is not None:
-            left = (self.total - done) / rate if rate else float("inf")
-            line += f"/{self.total} {self.unit}, about {left:.0f} s left"
-        line += f", {rate:.1f} {self.unit}/s, {now - self.start:.0f} s so far"
+            left = format_duration((self.total - done) / rate) if rate else "unknown"
+            line += f"/{self.total} {self.unit}, about {left} left"
+        so_far = format_duration(now - self.start)
+        line += f", {rate:.1f} {self.unit}/s, {so_far} so far"
         print(line, file=sys.stderr, flush=True)
