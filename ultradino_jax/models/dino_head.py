@@ -120,7 +120,7 @@ class DINOHead(nn.Module):
 
     def features(self, x):
         """Backbone tokens [..,D] -> unit vectors [..,E] in float32."""
-        x = x.astype(self.dtype)
+        x, bias = x.astype(self.dtype), None
         for i, layer in enumerate(self.mlp):
             kernel, next_bias = layer.weights(x.shape[-1])
             x = gelu_product(x, bias, kernel) if i else product(x, kernel)
