@@ -31,6 +31,7 @@ def write(root, encoding="png"):
         payloads = [encode(p, encoding) for p in part]
         shards.append(write_shard(root / f"shard-{number:05d}", payloads, index))
     manifest = {"format": FORMAT, "version": VERSION, "shards": shards}
+    manifest |= {"mean": [0.5], "std": [0.25]}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 

@@ -155,6 +155,7 @@ def test_workers_change_nothing(tmp_path):
     payloads[2] = b"broken"
     shard = write_shard(tmp_path / "shard-00000", payloads, np.zeros(5, INDEX))
     manifest = {"format": FORMAT, "version": VERSION, "shards": [shard]}
+    manifest |= {"mean": [0.5], "std": [0.25]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     source = CacheSource(tmp_path)
     expected = batches(source)

@@ -11,6 +11,7 @@ from tests.data.prepare.inputs import (
 from ultradino_jax.data.cache import OutputError
 from ultradino_jax.data.prepare.scan import Key
 from ultradino_jax.data.sources import CacheSource
+from ultradino_jax.errors import UserError
 from ultradino_jax.prepare import main
 
 
@@ -54,7 +55,8 @@ def test_an_input_without_pictures_gives_an_empty_cache(tmp_path):
     (tmp_path / "in" / "x").write_text("x")
     manifest = run(tmp_path / "in", tmp_path / "d")
     assert (manifest["records"], manifest["shards"]) == (0, [])
-    assert len(CacheSource(tmp_path / "d")) == 0
+    with pytest.raises(UserError, match="the cache holds no picture"):
+        CacheSource(tmp_path / "d")
 
 
 def test_command_line(tmp_path, capsys):
