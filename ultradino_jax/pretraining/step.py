@@ -101,9 +101,10 @@ def make_train_step(
     with one exception: Sinkhorn-Knopp normalises over the rows it sees, hence over a
     micro-batch. Raises ValueError (on tracing) when W is not divisible.
 
-    whole(params) puts parameters that are sharded over devices in one piece on each of
-    them. Used as shards, a product's sharding spreads into the activations, which are
-    then sent instead: some ten times the bytes, growing with the devices.
+    whole(params) puts parameters that are sharded over devices, and their gradients, in
+    one piece on each of them. Used as shards, a product's sharding spreads into the
+    activations, which are then sent instead: some ten times the bytes, growing with the
+    devices; gradients as shards spread into the folded weights of every block.
     """
 
     def loss_and_grads(state, scheduled, batch, key):
@@ -118,7 +119,7 @@ def make_train_step(
             ),
             has_aux=True,
         )(state.student)
-        return grads, centers, found
+        return whole(grads), centers, found
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
