@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 from tests.hlo import collectives
 from ultradino_jax import sharding
 from ultradino_jax.data.pipeline import build_pipeline
+from ultradino_jax.models.vit import build_vit
 from ultradino_jax.pretraining.step import init_state
 from ultradino_jax.pretraining.terms import terms_in
 from ultradino_jax.run.plan import make_plan
@@ -105,3 +106,15 @@ def test_groups_follow_the_devices():
     assert sharding.resolve_groups(3, 24, 8) == 24
     with pytest.raises(ValueError, match="batch_size 12 is not divisible by 8 groups"):
         sharding.resolve_groups(1, 12, 8)
+
+
+def test_evaluation_sends_nothing_between_devices():
+    """At 4,216 rows, where a training step would pad to a multiple of 128."""
+    by_row, everywhere = sharding.row_sharding(248)
+    model = build_vit("tiny", depth=1, image_size=64)
+    images = jax.ShapeDtypeStruct((248, 64, 64, 1), np.float32, sharding=by_row)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    shardings = jax.tree.map(lambda _: everywhere, params)
+    params = sharding.abstract_with(shardings, params)
+    program = jax.jit(model.apply).lower(params, images).compile()
+    assert not collectives(program.as_text(), 8)

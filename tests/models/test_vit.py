@@ -337,7 +337,8 @@ def test_packing_keeps_every_group_to_itself(groups, sizes):
     ]
     layout = layout_of([v.shape[:2] for v in views], groups)
     packed = np.asarray(pack(views, layout))
-    assert packed.shape[1] % 8 == 0
+    alone = groups == len(sizes) == 1
+    assert packed.shape[1] % (sizes[0][0] * sizes[0][1] if alone else 8) == 0
     for ours, theirs in zip(unpack(packed, layout), views, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for i, group in enumerate(packed):

@@ -36,8 +36,13 @@ class Layout(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """R, `used` rounded up; the rest is padding."""
-        return padded_rows(self.used)
+        """R, `used` rounded up; the rest is padding.
+
+        One view in one group, as evaluation has it, is not padded: its rows could then
+        not lie over several devices without being sent around in every block.
+        """
+        alone = self.groups == len(self.views) == 1
+        return self.used if alone else padded_rows(self.used)
 
     @property
     def starts(self) -> tuple[int, ...]:

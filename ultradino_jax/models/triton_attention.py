@@ -203,13 +203,13 @@ class _Call(NamedTuple):
 
     layout: Layout
     heads: int
-    mesh: Any
+    mesh: jax.sharding.AbstractMesh
     interpret: bool
 
     def shared(self, function, *arrays):
         """function(call, arrays [W,..]), on every device for its own groups."""
         function = functools.partial(function, self)
-        if self.mesh is not None and self.mesh.size > 1:
+        if not self.mesh.empty and self.mesh.size > 1:
             groups = PartitionSpec(self.mesh.axis_names)
             function = jax.shard_map(
                 function,
@@ -220,17 +220,19 @@ class _Call(NamedTuple):
             )
         return function(*arrays)
 
-    def launch(self, name, body, tiles: Tiles, arrays, makes):
+    def launch(self, name, body, tiles: Tiles, products, arrays, makes):
         """body(head, block, *refs) in a program for every block of every head.
 
-        arrays: what is read, qkv first. makes: (shape, parts) of each output; its rows
-        of padding are set to zero.
+        products(t): how many products of t x t x E a head of t tokens takes, said in
+        the compiled program. arrays: what is read, qkv first. makes: (shape, parts) of
+        each output; its rows of padding are set to zero.
         """
         layout, heads = self.layout, self.heads
         w, _, d = arrays[0].shape
         blocks = [pl.cdiv(t, _block(t, tiles.rows)) for _, t in layout.views]
         counts = [r * n for (r, _), n in zip(layout.views, blocks, strict=True)]
         padding = layout.rows - layout.used
+        flops = sum(2 * r * products(t) * t * t * d // 3 for r, t in layout.views) * w
 
         def kernel(*refs):
             # Heads of a row lie side by side in memory, so they run side by side.
@@ -273,6 +275,7 @@ class _Call(NamedTuple):
             ),
             interpret=self.interpret,
             name=name,
+            metadata={"flops": str(flops)},
         )(*arrays)
 
 
@@ -282,7 +285,8 @@ def _forward(call: _Call, qkv):
     out = jax.ShapeDtypeStruct((w, r, d // 3), qkv.dtype)
     lse = jax.ShapeDtypeStruct((w, call.heads, r), jnp.float32)
     makes = (out, (0,)), (lse, (None,))
-    return call.launch("attention_forward", _forward_rows, FORWARD, (qkv,), makes)
+    name = "attention_forward"
+    return call.launch(name, _forward_rows, FORWARD, lambda t: 2, (qkv,), makes)
 
 
 def _backward(call: _Call, qkv, out, lse, dout):
@@ -292,8 +296,12 @@ def _backward(call: _Call, qkv, out, lse, dout):
     delta = product.reshape(w, r, call.heads, d // call.heads).sum(-1).swapaxes(1, 2)
     makes = ((jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), (Q, K, V)),)
     arrays = qkv, lse, dout, delta
-    [dqkv] = call.launch("attention_backward", _backward_rows, BACKWARD, arrays, makes)
-    return dqkv
+
+    def products(t):  # logits and their gradient twice where queries lie elsewhere
+        return 5 if t <= _block(t, BACKWARD.rows) else 7
+
+    name = "attention_backward"
+    return call.launch(name, _backward_rows, BACKWARD, products, arrays, makes)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -314,18 +322,17 @@ def _attention_backward(call, kept, dout):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def triton_attention(
-    qkv, layout: Layout, num_heads: int, *, mesh=None, interpret: bool = False
-):
+def triton_attention(qkv, layout: Layout, num_heads: int, *, interpret: bool = False):
     """softmax(q k^T E^-0.5) v in every sequence and head: [W,R,3D] -> [W,R,D].
 
     qkv: the layout's packed rows, their last axis ordered (three, A, E), bfloat16 (as
     meant), float16 or float32, whose products a GPU may round to TF32. Padding rows
     give zeros, and a zero gradient. Softmax and sums are float32; its weights are cast
-    to the dtype before they meet v. With a `mesh` of several devices the groups lie
-    over all its axes. interpret: by XLA, on any platform, slowly. What the gradient
-    needs is named "attention" [W,R,D] and "lse" [W,A,R] (to base 2), so that a
-    rematerialisation policy can keep it.
+    to the dtype before they meet v. Under a mesh of several devices
+    (`jax.sharding.use_abstract_mesh`) the groups lie over all its axes; without one XLA
+    would run the whole on every device. interpret: by XLA, on any platform, slowly.
+    What the gradient needs is named "attention" [W,R,D] and "lse" [W,A,R] (to base 2),
+    so that a rematerialisation policy can keep it.
 
     Raises ValueError when the rows are not the layout's, E is no power of 2 from 16 on,
     or the mesh cannot share the groups.
@@ -336,6 +343,7 @@ def triton_attention(
     e, rest = divmod(d, 3 * num_heads)
     if rest or e < SMALLEST or e & (e - 1):
         raise ValueError(f"{d} columns are not 3 x {num_heads} heads of 16, 32, 64 ..")
-    if mesh is not None and w % mesh.size:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and w % mesh.size:
         raise ValueError(f"{w} groups cannot be shared by {mesh.size} devices")
     return _attention(_Call(layout, num_heads, mesh, interpret), qkv)

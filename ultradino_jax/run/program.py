@@ -72,7 +72,9 @@ def compiled_step(plan: Plan, mesh, state):
         step = skip_not_finite(step)
 
     def train_step(state, batch):
-        return step(state, rendered(batch, plan.crops))
+        # Kernels of our own share the groups of the mesh they are traced under.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, rendered(batch, plan.crops))
 
     return jax.jit(
         train_step,
@@ -109,7 +111,8 @@ def teacher_of(plan: Plan, state, mesh) -> tuple[Backbone, dict, jax.Array]:
     wanted = state.teacher, state.centers["dino"]
     teacher, center = jax.device_put(wanted, replicated(mesh))
     backbone = Backbone(
-        model=plan.modules.backbone,
+        # XLA's attention shares rows over local devices by itself.
+        model=plan.modules.backbone.clone(attention="xla"),
         params=teacher["backbone"],
         image_size=plan.crops.global_size,
         channels=plan.channels,
