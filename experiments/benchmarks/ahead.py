@@ -6,6 +6,7 @@ needed, only the plugin's wheels (402 MB) beside the jax they belong to:
     pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
 """
 
+import dataclasses
 import os
 
 import jax
@@ -96,10 +97,18 @@ def abstract_batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 def lower_step(config, devices):
     """(lowered train step, plan, abstract state) for the config on these devices.
 
-    The mesh is config.mesh's; groups are raised to the number of devices.
+    The mesh is config.mesh's; groups are raised to the number of devices. What 'auto'
+    attention takes on a GPU is taken unseen: Triton's kernel.
     """
     mesh = make_mesh(config.mesh.fsdp, devices)
+    attention = config.model.attention
+    config.model.attention = "xla"  # the plan looks at the devices that are here
     plan = make_plan(config, mesh.size)
+    if attention == "auto":
+        attention = "xla" if devices[0].platform == "cpu" else "triton"
+    backbone = plan.modules.backbone.clone(attention=attention)
+    modules = dataclasses.replace(plan.modules, backbone=backbone)
+    plan = dataclasses.replace(plan, modules=modules)
 
     def init():
         key = jax.random.key(0)

@@ -1,10 +1,10 @@
 """Predicted speed and memory of the real step on H100s, without a GPU.
 
     python -m experiments.benchmarks.roofline --config=configs/pretrain_vitb.py \
-        --remat=none,dots,full --per_gpu=256,512 --gpus=2 --top=20
+        --remat=none,norms,matmuls --per_gpu=256,512 --gpus=2 --top=20
 
 Needs the CUDA plugin's wheels beside jax, but neither card nor driver (ahead.py says
-which). Every combination of the three lists is compiled at the recipe's full shapes.
+which). Every combination of the lists is compiled at the recipe's full shapes.
 
 - ms, MFU: every kernel of the optimised HLO against a roofline (tests/roofline.py has
   the model and its constants), one after the other; by part of the step, with what each
@@ -20,6 +20,7 @@ variant in the table and in the JSON, to which rows are added.
 """
 
 import collections
+import itertools
 import json
 import re
 import time
@@ -37,8 +38,11 @@ from ultradino_jax.run.meter import PEAK_FLOPS
 from ultradino_jax.run.plan import vit_name
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain_vitb.py")
-REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "settings of model.remat")
+REMAT = flags.DEFINE_list(
+    "remat", ["none", "norms", "matmuls"], "settings of model.remat"
+)
 PER_GPU = flags.DEFINE_list("per_gpu", ["256"], "images per GPU")
+UNROLL = flags.DEFINE_list("unroll", ["12"], "settings of model.unroll")
 GPUS = flags.DEFINE_list("gpus", ["2"], "numbers of GPUs")
 TOP = flags.DEFINE_integer("top", 0, "how many kernels to list")
 NOTE = flags.DEFINE_string("note", "", "what is special about this run")
@@ -175,24 +179,31 @@ def main(argv):
     prepare_environment("cuda")
     path = Path(JSON.value)
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
-    for gpus in map(int, GPUS.value):
-        for per_gpu in map(int, PER_GPU.value):
-            for remat in REMAT.value:
-                config = CONFIG.value.copy_and_resolve_references()
-                config.groups, config.batch_size = gpus, gpus * per_gpu
-                config.model.remat = remat
-                name = f"{vit_name(config)}, remat {remat}, {gpus} x {per_gpu} images"
-                name += f", {NOTE.value}" if NOTE.value else ""
-                try:
-                    rows[name], found = measure(config, gpus)
-                except jax.errors.JaxRuntimeError as error:
-                    rows[name] = {"error": str(error).splitlines()[0][:200]}
-                    print(f"{name}: {rows[name]['error']}", flush=True)
-                else:
-                    print_row(name, rows[name])
-                    for kernel in found[: TOP.value]:
-                        print(f"    {line(kernel)}")
-                path.write_text(as_json({"jax": jax.__version__, "rows": rows}))
+    for gpus, per_gpu, remat, unroll in itertools.product(
+        map(int, GPUS.value),
+        map(int, PER_GPU.value),
+        REMAT.value,
+        map(int, UNROLL.value),
+    ):
+        config = CONFIG.value.copy_and_resolve_references()
+        config.batch_size = gpus * per_gpu
+        config.groups = gpus * config.accum_steps
+        config.model.remat, config.model.unroll = remat, unroll
+        name = f"{vit_name(config)}, remat {remat}, {gpus} x {per_gpu} images"
+        if config.accum_steps > 1:
+            name += f" in {config.accum_steps} steps"
+        name += f", attention {config.model.attention}, unroll {unroll}"
+        name += f", {NOTE.value}" if NOTE.value else ""
+        try:
+            rows[name], found = measure(config, gpus)
+        except jax.errors.JaxRuntimeError as error:
+            rows[name] = {"error": str(error).splitlines()[0][:200]}
+            print(f"{name}: {rows[name]['error']}", flush=True)
+        else:
+            print_row(name, rows[name])
+            for kernel in found[: TOP.value]:
+                print(f"    {line(kernel)}")
+        path.write_text(as_json({"jax": jax.__version__, "rows": rows}))
 
 
 if __name__ == "__main__":
