@@ -48,10 +48,12 @@ def _networks(c: ConfigDict) -> None:
     c.model.pos_offset = 0.1  # [D]
     c.model.pos_antialias = False  # [D]
     c.model.dtype = "bfloat16"  # [J] the reference runs in float16 with loss scaling
-    c.model.unroll = 1  # [J] blocks per iteration of the scan
-    # [J] 'none', 'matmuls' (no product with a weight is computed twice) or 'norms'
-    # (only normalised inputs are kept)
-    c.model.remat = "matmuls"
+    # [J] blocks per iteration of the scan: all, 4 % faster on an H100, a tenth to a
+    # fifth on a CPU; 1 compiles in a third of the time
+    c.model.unroll = 12
+    # [J] 'none', 'matmuls' (no product with a weight is computed twice), 'norms' (only
+    # normalised inputs are kept), or 'auto', the fastest that fits the device
+    c.model.remat = "auto"
     c.model.attention = "auto"  # [J] 'auto', 'xla', 'cudnn' or 'triton'
 
     c.head = ConfigDict()
@@ -140,6 +142,9 @@ def _images(c: ConfigDict) -> None:
 def _run(c: ConfigDict) -> None:
     c.mesh = ConfigDict()
     c.mesh.fsdp = 1  # [U] NO_SHARD; devices that share one copy of the state
+
+    # [J] folder for compiled programs; 'auto' is in the user's cache folder, on GPUs
+    c.compilation_cache = "auto"
 
     c.log_every = 10  # [D] steps
     c.checkpoint_every = 3906  # [J] steps; also exports the teacher's backbone

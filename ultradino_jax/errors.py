@@ -95,7 +95,10 @@ def user_line(error: BaseException) -> str | None:
     if disk:  # TensorStore calls a full disk RESOURCE_EXHAUSTED, too
         return disk.strip()[-200:]
     if _MEMORY in text:
-        return f"the device is out of memory: {first_line(error)}"
+        return (
+            f"the device is out of memory: {first_line(error)} (a smaller batch_size "
+            "needs less, and so does model.remat='norms')"
+        )
     platforms = f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}"
     if _NO_BACKEND in text:
         return f"{first_line(error)} ({platforms})"

@@ -23,6 +23,7 @@ from ultradino_jax.models.attention import IMPLEMENTATIONS
 from ultradino_jax.models.vit import VARIANTS
 from ultradino_jax.normalization import NORMALIZATION
 from ultradino_jax.pretraining.objective import CENTERINGS, Objective
+from ultradino_jax.run.memory import KEPT
 
 SHARE = number(0, 1)
 COUNT = integer(1)
@@ -60,7 +61,7 @@ LIMITS = {
     "model.dtype": choice(DTYPES),
     "model.attention": choice(("auto", *IMPLEMENTATIONS)),
     "model.unroll": COUNT,
-    "model.remat": choice(("none", "matmuls", "norms")),  # block.rematerialised
+    "model.remat": choice(("auto", *KEPT)),
     **dict.fromkeys(OWN_SIZES, COUNT),
     "head.hidden_dim": COUNT,
     "head.bottleneck_dim": COUNT,
@@ -118,6 +119,7 @@ LIMITS = {
     "data.canvas": integer(MIN_SIDE),
     "data.max_bad_fraction": SHARE,
     "mesh.fsdp": COUNT,
+    "compilation_cache": TEXT,
     "log_every": COUNT,
     "checkpoint_every": COUNT,
     "keep_checkpoints": COUNT,

@@ -26,6 +26,7 @@ from ultradino_jax.run.images import (
     phantom_source,
 )
 from ultradino_jax.run.limits import DTYPES, LIMITS, OPTIONAL, WEIGHTS
+from ultradino_jax.run.memory import choose_remat, device_bytes, step_bytes
 from ultradino_jax.run.meter import step_flops
 from ultradino_jax.run.settings import FeedSettings, LoopSettings, NanPolicy
 from ultradino_jax.schedules import Schedule, cosine_schedule, linear_schedule
@@ -224,6 +225,33 @@ def make_notes(config: ConfigDict, groups: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def fit_to_device(
+    config: ConfigDict,
+    modules: Modules,
+    crops: CropConfig,
+    feed: FeedSettings,
+    num_devices: int,
+) -> tuple[Modules, str]:
+    """The networks with the remat they shall have here, and a line about memory."""
+
+    def need(remat):
+        return step_bytes(
+            modules,
+            crops,
+            feed,
+            chunk_rows=config.loss.chunk_rows,
+            accum_steps=config.accum_steps,
+            devices=num_devices,
+            remat=remat,
+        )
+
+    remat, line = choose_remat(
+        config.model.remat, need, device_bytes(), jax.default_backend()
+    )
+    backbone = modules.backbone.clone(remat=remat)
+    return dataclasses.replace(modules, backbone=backbone), line
+
+
 def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     """Build and check everything. Raises UserError or OSError, one line each."""
     check(config, LIMITS, OPTIONAL)
@@ -243,6 +271,7 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
             )
     with as_user_error():
         feed = make_feed(config, patch_size, num_devices)
+    modules, memory = fit_to_device(config, modules, crops, feed, num_devices)
     mean, std = normalization(config.data.normalization, source, channels)
     steps_per_epoch = config.steps_per_epoch or len(source) // config.batch_size
     if steps_per_epoch < 1:
@@ -280,7 +309,11 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
         total_steps=config.epochs * steps_per_epoch,
         flops_per_step=step_flops(modules, crops, feed, channels),
         start=start,
-        notes=(*make_notes(config, feed.groups), f"attention: {attention} ({why})"),
+        notes=(
+            *make_notes(config, feed.groups),
+            f"attention: {attention} ({why})",
+            memory,
+        ),
         loop=make_loop(config),
         feed=feed,
         nan=NanPolicy(**config.nan),

@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import dataclasses
+import os
 import time
+from pathlib import Path
 
 import jax
 
@@ -81,6 +83,21 @@ def compiled_step(plan: Plan, mesh, state):
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated(mesh)),
     )
+
+
+def keep_programs(wanted: str) -> None:
+    """Have JAX keep compiled programs on disk for the next start.
+
+    wanted: a folder; 'auto', which is one in the user's cache folder, for GPUs and TPUs
+    (a CPU's programs need not run on another machine of the same home); '' for none.
+    JAX_COMPILATION_CACHE_DIR, where set, goes before 'auto'.
+    """
+    if wanted == "auto":
+        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+            return
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        wanted = str(Path(caches) / "ultradino_jax" / "programs")
+    jax.config.update("jax_compilation_cache_dir", wanted or None)
 
 
 def executable(step, arguments, say):

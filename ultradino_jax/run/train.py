@@ -16,7 +16,7 @@ from ultradino_jax.run.feed import Feed
 from ultradino_jax.run.loop import Loop
 from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.plan import Plan, make_plan
-from ultradino_jax.run.program import restore_or_init
+from ultradino_jax.run.program import keep_programs, restore_or_init
 from ultradino_jax.run.stops import RunStopped, Signals
 from ultradino_jax.run.workdir import Lock, describe, record_config, record_run
 from ultradino_jax.run.writer import Progress, Writer
@@ -55,6 +55,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
     workdir = named(workdir, "workdir")
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        keep_programs(config.get("compilation_cache", "auto"))
         plan = make_plan(config, len(jax.devices()))
         with as_user_error():
             mesh = make_mesh(**config.mesh)

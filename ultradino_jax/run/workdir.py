@@ -28,6 +28,7 @@ FREE_KEYS = (
     "keep_every",
     "keep_best",
     "mesh.fsdp",
+    "compilation_cache",
     "model.attention",
     "model.remat",
     "model.unroll",
@@ -42,7 +43,11 @@ FREE_KEYS = (
     "health.panels_every",
 )
 # What a key of the config stands for in runs that were made before there was the key.
-MISSING: dict[str, Any] = {"loss.gram_weight": 0.0, "model.attention": "xla"}
+MISSING: dict[str, Any] = {
+    "loss.gram_weight": 0.0,
+    "model.attention": "xla",
+    "compilation_cache": "",
+}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -129,6 +134,8 @@ def describe(plan: Plan, mesh, say) -> None:
     )
     for note in plan.notes:
         say(note)
+    if folder := jax.config.jax_compilation_cache_dir:
+        say(f"compiled programs are kept in {folder}")
     sizes = ", ".join(
         f"{name} {sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M"
         for name, tree in _parameters(plan).items()
