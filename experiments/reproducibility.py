@@ -4,9 +4,9 @@
 
 The figure shows how far the iBOT loss of two runs of one seed drifts apart. Here five
 runs of main.py are compared: a run, the same again, one killed with SIGKILL and
-resumed, one on eight (simulated) devices instead of one, and one of another seed for
-scale. All have eight groups, so that the same images meet in the loss on any number of
-devices.
+resumed, one on eight (simulated) devices instead of one, one in bfloat16 instead of
+float32, and one of another seed for scale. All have eight groups, so that the same
+images meet in the loss on any number of devices.
 Writes reproducibility.csv (step, iBOT loss of each run), .json (largest differences)
 and .png.
 """
@@ -35,14 +35,16 @@ RUNS = {
     "again": {},
     "killed and resumed": {"kill": True},
     "8 devices": {"devices": 8},
+    "bfloat16": {"dtype": "bfloat16"},
     "another seed": {"seed": 1},
 }
 
 
-def command(workdir: Path, steps: int, seed: int = 0) -> list[str]:
+def command(workdir: Path, steps: int, seed: int, dtype: str) -> list[str]:
     """main.py on the smoke recipe: `steps` steps of eight groups of two images."""
     values = {
         "seed": seed,
+        "model.dtype": dtype,
         "epochs": 1,
         "steps_per_epoch": steps,
         "optim.warmup_epochs": 0.1,
@@ -67,7 +69,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def run(
-    workdir: Path, steps: int, *, devices=1, seed=0, kill=False
+    workdir: Path, steps: int, *, devices=1, seed=0, dtype="float32", kill=False
 ) -> dict[int, float]:
     """Train, or take the run that is there; returns its losses."""
     env = {
@@ -75,7 +77,7 @@ def run(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    line = command(workdir, steps, seed)
+    line = command(workdir, steps, seed, dtype)
     if kill and len(losses(workdir)) < steps:
         victim = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
         while victim.poll() is None and len(losses(workdir)) <= steps // 2:
@@ -101,7 +103,8 @@ def plot(table, apart, out: Path) -> None:
     """The losses, and their distance to the first run on a logarithmic axis."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(list(table["first"].values()), label="first")
-    left.plot(list(table["another seed"].values()), label="another seed")
+    for name in ("bfloat16", "another seed"):
+        left.plot(list(table[name].values()), label=name)
     left.set(xlabel="step", ylabel="iBOT loss")
     left.legend()
     least = 1e-9

@@ -67,7 +67,10 @@ def test_a_key_too_many_and_one_too_few():
     "changes, message",
     [
         ({"model.dtype": "int8"}, "model.dtype='int8': .* 'float32', 'bfloat16'"),
-        ({"model.remat": "all"}, "model.remat='all': .*'auto', 'norms', 'matmuls', 'none'"),
+        (
+            {"model.remat": "all"},
+            "model.remat='all': .*'auto', 'norms', 'matmuls'",
+        ),
         ({"model.variant": "huge"}, "model.variant='huge': .*'tiny', 'small', 'base'"),
         ({"model.drop_path": 1.0}, "model.drop_path=1.0: .*below 1"),
         ({"loss.centering": "mean"}, "'centering', 'sinkhorn_knopp'"),

@@ -60,7 +60,7 @@ LIMITS = {
     "model.pos_antialias": FLAG,
     "model.dtype": choice(DTYPES),
     "model.attention": choice(("auto", *IMPLEMENTATIONS)),
-    "model.unroll": COUNT,
+    "model.unroll": integer(0),
     "model.remat": choice(("auto", *KEPT)),
     **dict.fromkeys(OWN_SIZES, COUNT),
     "head.hidden_dim": COUNT,

@@ -19,7 +19,7 @@ from ultradino_jax.run.settings import FeedSettings
 # lacks the arithmetic.
 FASTEST = {"gpu": ("matmuls", "norms"), "cpu": ("none", "matmuls", "norms")}
 # Values of the width D that a block keeps for each row, in the compute dtype.
-KEPT = {"norms": 2, "matmuls": 10, "none": 30}
+KEPT = {"norms": 2, "matmuls": 10, "none": 15.4}
 FITS = 0.95  # of the device's memory
 
 
@@ -32,8 +32,12 @@ def step_bytes(
     accum_steps: int,
     devices: int,
     remat: str,
+    unroll: int,
 ) -> float:
-    """Bytes of each device for state, activations and logits of one step."""
+    """Bytes of each device for state, activations and logits of one step.
+
+    What XLA takes for 'norms' with all blocks unrolled varies, up to half more than this.
+    """
     model, head = modules.backbone, modules.dino_head
     d, depth = model.embed_dim, model.depth
     h, e, k = head.hidden_dim, head.bottleneck_dim, head.num_prototypes
@@ -55,9 +59,9 @@ def step_bytes(
     rows = groups * layout_of(views, groups).rows
     kept = rows * (1 - model.drop_path)
     width = jax.numpy.dtype(model.dtype).itemsize
-    unrolled = model.unroll >= depth
-    # A loop stacks what a block keeps before it is done; unrolled, blocks that are made
-    # anew overlap.
+    unrolled = unroll >= depth
+    # A loop stacks what a block has kept when it is done; unrolled, the making anew of
+    # two blocks overlaps.
     blocks = KEPT[remat] * (depth + (not unrolled))
     blocks += (KEPT["matmuls"] - KEPT[remat]) * (1 + unrolled) * (remat == "norms")
     return (
@@ -77,26 +81,32 @@ def device_bytes() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
 
 
-def choose_remat(wanted: str, need, limit: float, platform: str) -> tuple[str, str]:
-    """(model.remat to use, a line about memory) for config.model.remat.
+def choose_remat(
+    wanted: str, unroll: int, depth: int, need, limit: float, platform: str
+) -> tuple[str, int, str]:
+    """(model.remat, model.unroll, a line about memory) for those of the config.
 
-    wanted: 'auto' is the fastest that fits, or the smallest where nothing does.
-    need(remat): bytes of a step. limit: bytes of a device. platform: 'cpu', 'gpu', ..
+    wanted: 'auto' is the fastest that fits, or the smallest where nothing does. unroll:
+    0 is all blocks, or one with 'norms', which then needs less. need(remat, unroll):
+    bytes of a step. limit: bytes of a device. platform: 'cpu', 'gpu', ..
     """
     fastest = FASTEST.get(platform, FASTEST["gpu"])
-    chosen, why = wanted, ""
-    if wanted == "auto":
-        fitting = [remat for remat in fastest if need(remat) <= FITS * limit]
-        chosen = (*fitting, fastest[-1])[0]
-        why = ", the fastest that fits" if fitting else ", the smallest there is"
+    settings = [
+        (remat, unroll or (1 if remat == "norms" else depth))
+        for remat in (fastest if wanted == "auto" else (wanted,))
+    ]
+    fitting = [s for s in settings if need(*s) <= FITS * limit]
+    remat, unroll = chosen = (*fitting, settings[-1])[0]
+    why = ", the fastest that fits" if fitting else ", the smallest there is"
     line = (
-        f"remat: {chosen}{why}; a step needs about {need(chosen) / 1e9:.1f} GB of the "
+        f"remat: {remat}{why if wanted == 'auto' else ''}, {unroll} of {depth} blocks "
+        f"unrolled; a step needs about {need(*chosen) / 1e9:.1f} GB of the "
         f"{limit / 1e9:.1f} GB of a device"
     )
-    if need(chosen) > limit:
+    if need(*chosen) > limit:
         line += (
             ": it will run out of memory. A smaller batch_size needs less, and so does "
             "the same batch in more groups, some at a time: accum_steps=4 and four "
             "times the groups, 256 images each being what the reference gives a GPU"
         )
-    return chosen, line
+    return remat, unroll, line

@@ -232,9 +232,9 @@ def fit_to_device(
     feed: FeedSettings,
     num_devices: int,
 ) -> tuple[Modules, str]:
-    """The networks with the remat they shall have here, and a line about memory."""
+    """The networks with remat and unroll for here, and a line about memory."""
 
-    def need(remat):
+    def need(remat, unroll):
         return step_bytes(
             modules,
             crops,
@@ -243,12 +243,14 @@ def fit_to_device(
             accum_steps=config.accum_steps,
             devices=num_devices,
             remat=remat,
+            unroll=unroll,
         )
 
-    remat, line = choose_remat(
-        config.model.remat, need, device_bytes(), jax.default_backend()
+    m, depth = config.model, modules.backbone.depth
+    remat, unroll, line = choose_remat(
+        m.remat, m.unroll, depth, need, device_bytes(), jax.default_backend()
     )
-    backbone = modules.backbone.clone(remat=remat)
+    backbone = modules.backbone.clone(remat=remat, unroll=unroll)
     return dataclasses.replace(modules, backbone=backbone), line
 
 
