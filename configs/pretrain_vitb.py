@@ -51,8 +51,8 @@ def _networks(c: ConfigDict) -> None:
     # [J] 'none', 'matmuls' (no product with a weight is computed twice), 'norms' (only
     # normalised inputs are kept), or 'auto', the fastest that fits the device
     c.model.remat = "auto"
-    # [J] blocks per iteration of the scan; 0 is all (4 % faster on an H100, a tenth on a
-    # CPU), but 1 with 'norms', which is there to save memory
+    # [J] blocks per iteration of the scan; 0 is all (on an H100 4 % faster, on a CPU a
+    # tenth), but 1 with 'norms', which is there to save memory
     c.model.unroll = 0
     c.model.attention = "auto"  # [J] 'auto', 'xla', 'cudnn' or 'triton'
 

@@ -36,7 +36,7 @@ def step_bytes(
 ) -> float:
     """Bytes of each device for state, activations and logits of one step.
 
-    What XLA takes for 'norms' with all blocks unrolled varies, up to half more than this.
+    What XLA takes for 'norms' with all blocks unrolled varies: this or up to half more.
     """
     model, head = modules.backbone, modules.dino_head
     d, depth = model.embed_dim, model.depth
