@@ -1,7 +1,7 @@
 """Operations of the transformer with a backward pass of their own.
 
 Each is exact in float32. What they keep for the backward pass is named, so that `remat`
-can choose among it (`block.SAVED`).
+can choose among it (`block.rematerialised`).
 """
 
 import functools
