@@ -79,7 +79,7 @@ def cross_entropy(targets, student_logits, student_temp: float = 0.1):
     z = student_logits.astype(jnp.float32) / student_temp
     return (
         jax.nn.logsumexp(z, axis=-1) * targets.sum(axis=-1)
-        - (targets * z).sum(axis=-1)
+        - _dot(targets, z)
     )  # fmt: skip
 
 
@@ -161,4 +161,13 @@ def entropy(probs):
 
 def entropy_of_log(log_probs):
     """`entropy` of exp(log_probs): [..,K] -> [..]. No logarithm is taken."""
-    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    return -_dot(jnp.exp(log_probs), log_probs)
+
+
+def _dot(x, y):
+    """Inner products over the last axis: [..,K] twice -> [..].
+
+    Not (x * y).sum(-1): XLA's CPU library takes 8 times as long for a sum of products
+    over arrays with leading axes of length 1.
+    """
+    return jnp.vecdot(x, y, precision="highest")
