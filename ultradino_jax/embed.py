@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.cli import command
-from ultradino_jax.data.sources import BadImage, open_source
+from ultradino_jax.data.sources import BadImage, open_source, report_ignored
 from ultradino_jax.errors import MissingPackage, UserError
 from ultradino_jax.evaluators.features import Preprocess
-from ultradino_jax.progress import Progress
+from ultradino_jax.progress import Progress, warn
 from ultradino_jax.sharding import row_sharding
 from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.load import load_backbone
@@ -58,6 +58,8 @@ def embed(
     (needs pyarrow) holds a row per image, its tokens flattened, the shapes in the
     schema's metadata.
 
+    Files of the folder that are no pictures are listed in `OUT.ignored.csv`.
+
     Parts wait in `OUT.parts` until all are there. Raises UserError for an unknown
     token or suffix, or when parts of another checkpoint, folder or setting lie there;
     FileExistsError when `out` exists; FileNotFoundError for what is missing.
@@ -67,6 +69,7 @@ def embed(
     backbone = load_backbone(checkpoint, image_size=image_size)
     images = named(images, "image folder")
     source = open_source(images, channels=backbone.channels)
+    report_ignored(source, warn, f"{out}.ignored.csv")
     parts = out.with_name(out.name + ".parts")
     settings = {
         "backbone": backbone.digest,

@@ -18,11 +18,12 @@ from ultradino_jax.cli import command
 from ultradino_jax.data.cache import ENCODINGS, OutputError
 from ultradino_jax.data.formats import archives
 from ultradino_jax.data.formats.readers import HEAD, kind_of
+from ultradino_jax.data.formats.walk import Entry, walk
 from ultradino_jax.data.prepare.build import DEDUP, CacheBuilder
 from ultradino_jax.data.prepare.dedup import ExcludeList, format_hashes
 from ultradino_jax.data.prepare.file import MemberResult, Settings, Task
 from ultradino_jax.data.prepare.pool import run_in_order
-from ultradino_jax.data.prepare.scan import Entry, Key, scan
+from ultradino_jax.data.prepare.scan import Key
 from ultradino_jax.errors import UserError
 from ultradino_jax.whole import write_whole
 
@@ -79,7 +80,7 @@ def prepare(
     roots = _roots(inputs, output)
     secret = _load_key(key, output)
     excluded = ExcludeList(exclude)
-    entries = list(scan(roots))
+    entries = list(walk(roots))
     settings = Settings(short_side, encoding, float(fps), max_frames, region)
     plan = {
         "inputs": secret.inputs_digest(entries),
@@ -124,7 +125,7 @@ def write_hashes(
     of its ultrasound region. Raises UserError when a picture among the inputs cannot
     be read: a list with gaps would exclude less than it seems to.
     """
-    entries = list(scan(_roots(inputs)))
+    entries = list(walk(_roots(inputs)))
     settings = Settings(fps=1e6, max_frames=10**6, hashes_only=True)
     listed, problems = [], 0
     for _, result in _results(entries, (0, 0), settings, workers, timeout):
@@ -152,7 +153,7 @@ def lookup(
     secret = Key.load(key)
     wanted = os.path.abspath(path)
     found = False
-    for entry in scan(_roots(inputs)):
+    for entry in walk(_roots(inputs)):
         here = os.path.abspath(entry.path)
         if here != wanted and not here.startswith(wanted.rstrip("/") + "/"):
             continue

@@ -4,6 +4,11 @@ import sys
 import time
 
 
+def warn(line: str) -> None:
+    """A line to people, beside what a command prints."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def format_duration(seconds: float) -> str:
     """90061 -> '1d 1h', 3700 -> '1h 1m', 75 -> '1m 15s'."""
     seconds = int(seconds)

@@ -18,7 +18,12 @@ import numpy as np
 from PIL import Image
 
 from ultradino_jax.cli import command
-from ultradino_jax.data.sources import BadImage, open_source
+from ultradino_jax.data.sources import (
+    IGNORED,
+    BadImage,
+    open_source,
+    report_ignored,
+)
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.segmentation.results import overlay
 from ultradino_jax.evaluators.segmentation.segmenter import Segmenter, load_segmenter
@@ -86,7 +91,8 @@ def segment(
 ) -> dict[str, int]:
     """Write a mask per image; returns {'images': n, 'failed': m}.
 
-    overlays: also write NAME_overlay.png. Masks that are there are kept. Raises
+    overlays: also write NAME_overlay.png. Masks that are there are kept. Files of the
+    folder that are no pictures are listed in `ignored_files.csv` there. Raises
     UserError when the output holds masks of another checkpoint or mode, and
     FileNotFoundError for what is missing.
     """
@@ -103,6 +109,7 @@ def segment(
         "segmenter": hashlib.sha256(text.encode()).hexdigest(),
     }
     claim(output / "classes.json", facts, "masks", "choose another folder")
+    report_ignored(source, say, output / IGNORED)
     failed = 0
     progress = Progress("segment", len(source), unit="img")
     for i in range(len(source)):

@@ -255,7 +255,7 @@ def test_wrong_arguments_are_named(tmp_path):
         (FileNotFoundError, "nowhere' does not exist", lambda: FolderSource(missing)),
         (
             ValueError,
-            r"no image \(.*\.png.*\) in folder .*empty'",
+            r"no picture in folder .*empty': 0 of 1 files read; 1 .csv unsupported",
             lambda: open_source(empty),
         ),
         (

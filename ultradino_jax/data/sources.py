@@ -7,18 +7,20 @@ raises `BadImage` when a record exists but cannot be used; the pipeline replaces
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ultradino_jax.data.cache import FORMAT, VERSION, Shards, record_name
+from ultradino_jax.data.formats.listing import list_pictures
+from ultradino_jax.data.formats.tables import names_in_list
 from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.whole import read_json
 
 MIN_SIDE = 16
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+IGNORED = "ignored_files.csv"  # beside what is made of a folder
 # The decoder goes by content, so a PNG that is called .jpg is still read.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _PIL_MODE = {1: "L", 3: "RGB"}
@@ -112,34 +114,32 @@ class _FileSource:
 
 
 class FolderSource(_FileSource):
-    """Every image below a folder, sorted by relative path.
+    """Every picture below a folder, sorted by relative path.
 
-    Folders are searched recursively and through symbolic links (each real folder once,
-    so a link to a parent ends). Names that start with a dot are skipped. Extensions are
-    matched whatever their case.
+    `listing` says which files are taken for pictures, and which are not and why.
 
     Raises:
       FileNotFoundError: `root` is not a folder.
-      UserError: there is no image below it, or `channels` is not 1 or 3.
+      UserError: there is no picture below it, or `channels` is not 1 or 3.
     """
 
     def __init__(self, root: str | os.PathLike, channels: int = 1):
         folder = Path(root)
         if not folder.is_dir():
             raise FileNotFoundError(f"image folder {str(root)!r} does not exist")
-        names = sorted(_walk(folder))
-        if not names:
-            wanted = " ".join(EXTENSIONS)
-            raise UserError(f"no image ({wanted}) in folder {str(root)!r}")
-        super().__init__(folder, names, channels)
+        self.listing = list_pictures(folder)
+        if not self.listing.names:
+            raise UserError(f"no picture in folder {str(root)!r}: {self.listing}")
+        super().__init__(folder, self.listing.names, channels)
 
 
 class ListSource(_FileSource):
     """The images named by a text file: one relative path per line, no header.
 
-    This is the format of the reference's `train_paths_13m.csv`. Paths are relative to
-    `root`, by default the folder of the list. Empty lines are ignored. Files are not
-    looked for until they are read, so a missing one is a BadImage of that record.
+    This is the format of the reference's `train_paths_13m.csv`; a csv with a column
+    `path` is one, too. Paths are relative to `root`, by default the folder of the list.
+    Empty lines are ignored. Files are not looked for until they are read, so a missing
+    one is a BadImage of that record.
 
     Raises:
       FileNotFoundError: `list_file` does not exist.
@@ -155,11 +155,11 @@ class ListSource(_FileSource):
         path = Path(list_file)
         if not path.is_file():
             raise FileNotFoundError(f"image list {str(list_file)!r} does not exist")
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        folder = path.parent if root is None else Path(root)
+        names = names_in_list(path.read_bytes(), folder, str(path))
         if not names:
             raise UserError(f"image list {str(list_file)!r} names no image")
-        super().__init__(path.parent if root is None else Path(root), names, channels)
+        super().__init__(folder, names, channels)
 
 
 def open_source(
@@ -190,26 +190,21 @@ def open_source(
     return FolderSource(root, channels)
 
 
+def report_ignored(source, say: Callable[[str], object], file: str | Path) -> None:
+    """Say which files of a folder are not read and why, and list them in `file`, a csv.
+
+    Nothing is said or written where every file is read.
+    """
+    listing = source.listing if isinstance(source, FolderSource) else None
+    if listing and listing.ignored:
+        listing.write(file)
+        say(f"{listing}; listed in {file}")
+
+
 def _is_cache(manifest: Path) -> bool:
     if not manifest.is_file():
         return False
     return read_json(manifest).get("format") == FORMAT
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    visited = set()
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        stat = os.stat(parent)
-        if (stat.st_dev, stat.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((stat.st_dev, stat.st_ino))
-        # Sorted, so that of two links to one folder always the same one is taken.
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        prefix = Path(parent).relative_to(folder)
-        for name in files:
-            if name[0] != "." and name.lower().endswith(EXTENSIONS):
-                yield (prefix / name).as_posix()
 
 
 def digest_of(ids: Iterable[str]) -> str:

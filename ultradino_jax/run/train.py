@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ultradino_jax.checkpoint import Retention, RunCheckpoints
+from ultradino_jax.data.sources import IGNORED, report_ignored
 from ultradino_jax.errors import Paused, UserError, as_user_error, user_line
 from ultradino_jax.health.checkups import Doctor
 from ultradino_jax.health.phantom_knn import make_guard, phantom_knn
@@ -80,6 +81,8 @@ def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> 
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=keep)
     stack.push(closing(checkpoints))
     describe(plan, mesh, say)
+    if is_main:
+        report_ignored(plan.source, say, workdir / IGNORED)
     state, start = restore_or_init(plan, mesh, checkpoints, say)
     if start >= plan.total_steps:
         say(f"already trained for all {start} steps")

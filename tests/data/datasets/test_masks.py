@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ultradino_jax.data.datasets.mask_folders import load_mask_folders
 from ultradino_jax.data.datasets.masks import (
     decode_index,
     encode_png,
-    load_mask_folders,
     read_mha,
     remap,
 )
@@ -102,3 +102,47 @@ def test_unfit_masks_in_folders_are_named(tmp_path):
         load_mask_folders(tmp_path, classes=("background", "head"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_mask_folders(tmp_path / "nowhere", classes=("background", "head"))
+
+
+def pair(root, image, mask, value=1):
+    for path, pixels in ((root / image, 90), (root / mask, value)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 24), pixels, np.uint8)).save(path)
+
+
+def load(root):
+    return load_mask_folders(root, classes=("background", "head"))
+
+
+def test_names_that_pair_images_and_masks(tmp_path, capsys):
+    # Folders inside, another suffix, a name that ends in _mask, and system files.
+    pair(tmp_path, "images/p1/z.JPG", "masks/p1/z.png")
+    pair(tmp_path, "images/scan_mask.png", "masks/scan_mask.png")
+    pair(tmp_path, "images/b.bmp", "masks/b_mask.tif")
+    for junk in ("images/._b.bmp", "masks/._b_mask.tif", "images/Thumbs.db"):
+        (tmp_path / junk).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "__MACOSX" / "images").mkdir(parents=True)
+    data = load(tmp_path)
+    assert list(data.ids) == ["b", "p1/z", "scan_mask"]
+    assert all(data.mask(i).all() for i in range(3))
+    assert "images: 3 of 5 files read; 2 junk" in capsys.readouterr().err
+
+
+def test_one_name_in_two_splits_makes_two_images(tmp_path):
+    for split in ("train", "val", "test"):
+        pair(tmp_path, f"{split}/images/000.png", f"{split}/masks/000.png")
+    rows = ["id,patient", "train/000.png,t", "val/000.png,v", "test/000,t"]
+    (tmp_path / "patients.csv").write_text("\n".join(rows))
+    data = load(tmp_path)
+    assert list(data.ids) == ["test/000", "train/000", "val/000"]
+    assert list(data.patients) == ["t", "t", "v"]
+
+
+def test_one_name_twice_in_a_folder_is_refused(tmp_path):
+    pair(tmp_path, "images/a.png", "masks/a.png")
+    pair(tmp_path, "images/a.jpg", "masks/a_mask.png")
+    with pytest.raises(ValueError, match=r"images: 'a.jpg' and 'a.png' have one name"):
+        load(tmp_path)
+    (tmp_path / "images/a.jpg").unlink()
+    with pytest.raises(ValueError, match=r"masks: 'a.png' and 'a_mask.png' have one"):
+        load(tmp_path)

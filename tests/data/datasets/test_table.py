@@ -112,9 +112,9 @@ def test_bad_csv_is_named(tmp_path, rows):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"\xff\xfep\0a\0", "not a csv in UTF-8: 'utf-8' codec can't decode"),
-        (b"path,label\n\xe9.png,cat\n", "not a csv in UTF-8"),
-        (b"path,label\na\0.png,cat\n", "not a csv in UTF-8: it holds a NUL byte"),
+        (b"\xff\xfep\0a\0", "no column 'path', 'label'; there are 'pa'"),
+        (b"path,label\n\xe9.png,cat\n", "1 of 1 images do not exist, first .*é.png"),
+        (b"path,label\na\0.png,cat\n", "not text: it holds a NUL byte"),
         (b'path,label\n"' + b"a" * 200_000 + b'",cat\n', "line 2: field larger than"),
     ],
 )

@@ -20,8 +20,8 @@ from tests.data.prepare.inputs import (
     still,
 )
 from ultradino_jax.data.cache import INDEX
+from ultradino_jax.data.formats.walk import walk
 from ultradino_jax.data.phantom.dicom import write_dicom
-from ultradino_jax.data.prepare.scan import scan
 from ultradino_jax.data.sources import CacheSource, open_source
 from ultradino_jax.jsonl import read_rows
 from ultradino_jax.prepare import lookup, write_hashes
@@ -78,7 +78,7 @@ def test_real_files_go_through(tmp_path):
     pydicom_files = Path(get_testdata_file("CT_small.dcm", download=False)).parent
     skimage_files = Path(pytest.importorskip("skimage").__file__).parent / "data"
     inputs = [pydicom_files, skimage_files]
-    count = sum(1 for _ in scan(inputs))
+    count = sum(1 for _ in walk(inputs))
     assert count >= 170 + 20
     open_, closed = tmp_path / "open", tmp_path / "closed"
     key = tmp_path / "key"

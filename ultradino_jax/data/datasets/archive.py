@@ -1,6 +1,5 @@
 """Files of a downloaded data set: a folder, a zip or a tar, and the tables in them."""
 
-import csv
 import io
 import os
 import tarfile
@@ -12,7 +11,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ultradino_jax.errors import UserError, as_user_error
+from ultradino_jax.data.formats.listing import is_junk
+from ultradino_jax.data.formats.walk import walk
+from ultradino_jax.errors import UserError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 
@@ -33,14 +34,12 @@ def open_files(path: str | os.PathLike) -> Files:
     """
     path = Path(path)
     if path.is_dir():
-        names = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        return Files(visible(names), lambda name: (path / name).read_bytes())
+        names = visible(_below(path))
+        return Files(names, lambda name: (path / name).read_bytes())
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
     if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = (i.filename for i in archive.infolist() if not i.is_dir())
-        return Files(visible(names), archive.read)
+        return open_zip(zipfile.ZipFile(path))
     if tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
             content = {
@@ -52,14 +51,28 @@ def open_files(path: str | os.PathLike) -> Files:
     raise UserError(f"{str(path)!r} is neither a folder nor a zip or tar archive")
 
 
+def _below(folder: Path) -> Iterator[str]:
+    for entry in walk([os.fspath(folder)], lambda name: not is_junk(name)):
+        if entry.reason == "no_permission":  # half a data set would be a wrong one
+            raise UserError(f"{entry.path!r} cannot be read: no permission")
+        if not entry.reason:
+            yield entry.name
+
+
+def open_zip(archive: zipfile.ZipFile) -> Files:
+    """The files in a zip, by names with forward slashes whatever system made it."""
+    names = {
+        info.filename.replace("\\", "/"): info.filename
+        for info in archive.infolist()
+        if not info.is_dir() and not info.filename.endswith("\\")
+    }
+    return Files(visible(names), lambda name: archive.read(names[name]))
+
+
 def visible(names: Iterable[str]) -> tuple[str, ...]:
-    """Sorted, without the shadow files that macOS adds to archives."""
+    """Sorted, without hidden files and those that operating systems add."""
     return tuple(
-        sorted(
-            name
-            for name in names
-            if not any(p.startswith((".", "__MACOSX")) for p in name.split("/"))
-        )
+        sorted(name for name in names if not any(map(is_junk, name.split("/"))))
     )
 
 
@@ -82,50 +95,6 @@ def find_table(path: str | os.PathLike, table: str) -> tuple[Files, str]:
     raise FileNotFoundError(
         f"no {table} in {str(path)!r}, in the folders below it or in an archive there"
     )
-
-
-def read_table(data: bytes, columns: Iterable[str], where: str) -> list[dict[str, str]]:
-    """Rows of a csv with ',' or ';', blanks around headers and values removed.
-
-    Raises UserError naming the columns that are missing and those that are there, and
-    for a file that is no UTF-8 text or no csv.
-    """
-    with as_user_error(f"{where}: not a csv in UTF-8: "):
-        text = data.decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds a NUL byte")
-    header = text.split("\n", 1)[0]
-    delimiter = ";" if header.count(";") > header.count(",") else ","
-    lines = csv.reader(io.StringIO(text), delimiter=delimiter)
-    lined = lines_of(lines, where)
-    names = [name.strip() for name in next(lined, [])]
-    missing = [name for name in columns if name not in names]
-    if missing:
-        raise UserError(
-            f"{where}: no column {', '.join(map(repr, missing))}; there are "
-            f"{', '.join(map(repr, names))}"
-        )
-    rows = []
-    for line in lined:
-        if not any(value.strip() for value in line):
-            continue
-        if len(line) != len(names):
-            raise UserError(
-                f"{where}, line {lines.line_num}: {len(line)} values for "
-                f"{len(names)} columns"
-            )
-        rows.append({k: v.strip() for k, v in zip(names, line, strict=True)})
-    if not rows:
-        raise UserError(f"{where}: there is no row below the header")
-    return rows
-
-
-def lines_of(lines, where: str) -> Iterator[list[str]]:
-    """The lines of a csv.reader; its errors as UserError with file and line."""
-    try:
-        yield from lines
-    except csv.Error as error:
-        raise UserError(f"{where}, line {lines.line_num}: {error}") from error
 
 
 def match_images(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.labelled import (
     SPLITS,
     LabelledImages,
@@ -22,6 +21,7 @@ from ultradino_jax.data.datasets.records import (
     load_labelled,
     planes_examples,
 )
+from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError
 
 TABLE = "FETAL_PLANES_DB_data.csv"

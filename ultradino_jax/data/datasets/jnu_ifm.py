@@ -9,14 +9,12 @@ published folders, one per video, and the re-uploads in one flat folder.
 import itertools
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
 
-from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.masks import (
     decode_index,
     encode_png,
@@ -25,7 +23,9 @@ from ultradino_jax.data.datasets.masks import (
 )
 from ultradino_jax.data.datasets.records import Published, load_segmented
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError
+from ultradino_jax.progress import warn
 
 CLASSES = ("background", "pubic symphysis", "fetal head")
 VALUES = {0: 0, 7: 1, 8: 2}
@@ -64,7 +64,7 @@ def _examples(files):
             "mask": encode_png(mask),
         }
     for reason, count in left_out.items():
-        print(f"jnu_ifm: {count} frames {reason} left out", file=sys.stderr)
+        warn(f"jnu_ifm: {count} frames {reason} left out")
 
 
 class Frame:

@@ -1,6 +1,5 @@
-"""Files of segmentation sets: index masks, painted structures, folders."""
+"""Files of segmentation sets: index masks, painted structures."""
 
-import hashlib
 import io
 import itertools
 import os
@@ -14,22 +13,15 @@ from PIL import Image
 from ultradino_jax.data.datasets.archive import (
     ARCHIVES,
     Files,
-    decode_grey,
     open_files,
-    read_table,
-    visible,
+    open_zip,
 )
-from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import (
-    SegmentedImages,
-    segmented_images,
     values_in,
 )
 from ultradino_jax.data.formats.metaimage import read_metaimage
 from ultradino_jax.data.formats.unreadable import Unreadable
 from ultradino_jax.errors import UserError
-
-MASK_FOLDERS = ("annotations", "masks", "mask", "labels")
 
 
 def find_folder(path: str | os.PathLike, folder: str) -> tuple[Files, str]:
@@ -64,9 +56,7 @@ def _inner_zips(places: Sequence[Files]):
     for files in places:
         for name in files.names:
             if name.lower().endswith(".zip"):
-                archive = zipfile.ZipFile(io.BytesIO(files.read(name)))
-                names = (i.filename for i in archive.infolist() if not i.is_dir())
-                yield Files(visible(names), archive.read)
+                yield open_zip(zipfile.ZipFile(io.BytesIO(files.read(name))))
 
 
 def stems_in(files: Files, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
@@ -173,61 +163,3 @@ def read_mha(data: bytes, where: str) -> np.ndarray:
     if pixels.dtype != np.uint8:
         raise UserError(f"{where}: MetaImage of {pixels.dtype}, not of bytes")
     return pixels
-
-
-def load_mask_folders(
-    path: str | os.PathLike, *, classes: Sequence[str]
-) -> SegmentedImages:
-    """Any set of images and index masks of equal base names.
-
-    PATH/images and PATH/masks (or annotations, mask, labels), or the same below
-    PATH/train[/..], PATH/val and PATH/test. A mask may be called NAME_mask. With
-    PATH/patients.csv (columns id, patient) images are grouped; otherwise each is its
-    own patient. classes: names in index order, background first.
-    Raises FileNotFoundError or UserError naming what is missing.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"folder {str(root)!r} does not exist")
-    if len(classes) < 2:
-        raise UserError(f"{str(root)!r}: name the classes, background first")
-    folders = sorted(p for p in root.rglob("images") if p.is_dir())
-    if not folders:
-        raise FileNotFoundError(f"no folder 'images' in {str(root)!r} or below")
-    rows, files = [], []
-    for folder in folders:
-        first = folder.relative_to(root).parts[0]
-        split = first if first in SPLITS else "train"
-        masks = _mask_folder(folder)
-        pairs = {p.stem: p for p in sorted(folder.iterdir()) if p.is_file()}
-        partners = {p.stem.removesuffix("_mask"): p for p in sorted(masks.iterdir())}
-        check_partners(pairs, partners, str(folder.parent))
-        for stem, path in pairs.items():
-            rows.append({"id": stem, "patient": stem, "split": split})
-            files.append((path, partners[stem]))
-    table = root / "patients.csv"
-    if table.is_file():
-        content = read_table(table.read_bytes(), ["id", "patient"], str(table))
-        patients = {row["id"]: row["patient"] for row in content}
-        for row in rows:
-            if row["id"] not in patients:
-                raise UserError(f"{table}: no patient of image {row['id']!r}")
-            row["patient"] = patients[row["id"]]
-    names = "\n".join(f"{r['split']}/{r['id']}/{r['patient']}" for r in rows)
-    return segmented_images(
-        root.resolve().name,
-        hashlib.sha256(names.encode()).hexdigest()[:16],
-        classes,
-        rows,
-        lambda i: decode_grey(files[i][0].read_bytes()),
-        lambda i: decode_index(files[i][1].read_bytes(), str(files[i][1])),
-    )
-
-
-def _mask_folder(images: Path) -> Path:
-    for name in MASK_FOLDERS:
-        if (images.parent / name).is_dir():
-            return images.parent / name
-    raise FileNotFoundError(
-        f"no folder of masks ({', '.join(MASK_FOLDERS)}) beside {str(images)!r}"
-    )

@@ -10,7 +10,7 @@ from ultradino_jax.data.datasets import (
     fass,
     fetal_planes,
     jnu_ifm,
-    masks,
+    mask_folders,
     psfhs,
     table,
 )
@@ -28,7 +28,7 @@ SEGMENTED = {
     "fass": fass.load,
     "jnu_ifm": jnu_ifm.load,
     "psfhs": psfhs.load,
-    "folder": masks.load_mask_folders,
+    "folder": mask_folders.load_mask_folders,
 }
 Images = TypeVar("Images")
 

@@ -16,7 +16,6 @@ from ultradino_jax.data.datasets.archive import (
     decode_grey,
     find_table,
     match_images,
-    read_table,
 )
 from ultradino_jax.data.datasets.labelled import (
     LabelledImages,
@@ -24,6 +23,7 @@ from ultradino_jax.data.datasets.labelled import (
     labelled_images,
 )
 from ultradino_jax.data.datasets.segmented import SegmentedImages, segmented_images
+from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError
 
 Examples = Iterable[dict[str, Any]]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.labelled import (
     SPLITS,
     check_patients,
@@ -17,6 +16,7 @@ from ultradino_jax.data.datasets.labelled import (
     held_out_patients,
     sorted_by_id,
 )
+from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError
 
 UNUSED = "unused"

@@ -5,15 +5,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ultradino_jax.data.datasets.archive import read_table
 from ultradino_jax.data.datasets.labelled import (
     SPLITS,
     LabelledImages,
     complete_splits,
     labelled_images,
 )
+from ultradino_jax.data.formats.tables import find_name, read_table
 from ultradino_jax.data.sources import FolderSource, read_image
 from ultradino_jax.errors import UserError
+from ultradino_jax.progress import warn
 
 
 def load_csv(
@@ -40,7 +41,7 @@ def load_csv(
     rows = []
     for row in table:
         row = dict(row)
-        name = row.pop("path")
+        name = find_name(path.parent, row.pop("path"))
         row["id"] = name
         row["patient"] = row.get("patient") or name
         row["split"] = row.get("split") or "train"
@@ -77,6 +78,7 @@ def load_class_folders(
     Every image is its own patient: where a patient has several, use a csv.
     """
     source = FolderSource(path)
+    source.listing.tell(path, warn)
     names = [source.record_id(i) for i in range(len(source))]
     by_split = all(name.split("/")[0] in SPLITS for name in names)
     rows = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ultradino_jax.cli import command
-from ultradino_jax.data.datasets.archive import read_table
+from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.evaluators.bootstrap import (
     interval,
