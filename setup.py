@@ -26,6 +26,7 @@ REQUIRES = [
     "matplotlib>=3.9,<4",
     "rich>=13.9,<16",
     "safetensors>=0.8,<0.9",
+    "tifffile>=2025.1",
     "ml-dtypes>=0.5",
 ]
 
@@ -38,6 +39,7 @@ EXTRAS = {
         "pylibjpeg-rle>=2.1",
         "python-gdcm>=3.0.24",
     ],
+    "nifti": ["nibabel>=5.3"],
     "parquet": ["pyarrow>=17"],
     "test": [
         "pytest>=8.3",
@@ -46,6 +48,7 @@ EXTRAS = {
         "ruff>=0.9",
         "pyright>=1.1.390",
         "scikit-image>=0.25",
+        "nibabel>=5.3",
     ],
     "interop": [
         "torch>=2.6,<3",

@@ -98,12 +98,13 @@ def test_damaged_bytes_in_a_png_are_bad(tmp_path):
 
 def test_other_unusable_files_are_bad(tmp_path):
     Image.fromarray(gradient(15, 400)).save(tmp_path / "thin.png")
-    Image.fromarray(gradient().astype(np.float32)).save(tmp_path / "float.tif")
+    lab = Image.merge("LAB", [Image.fromarray(gradient())] * 3)
+    lab.save(tmp_path / "lab.tif")
     (tmp_path / "text.jpg").write_text("not an image")
     for name, reason in [
         ("thin.png", "400x15 pixels, a side below 16"),
-        ("float.tif", "pixel type F has no 8-bit range"),
-        ("text.jpg", "cannot identify image file"),
+        ("lab.tif", "not a picture, clip or archive this reads .colour space LAB"),
+        ("text.jpg", "not a picture"),
         ("missing.png", "FileNotFoundError"),
     ]:
         with pytest.raises(BadImage, match=reason):

@@ -11,19 +11,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ultradino_jax.data.cache import FORMAT, VERSION, Shards, record_name
 from ultradino_jax.data.formats.listing import list_pictures
+from ultradino_jax.data.formats.readers import read_picture
 from ultradino_jax.data.formats.tables import names_in_list
 from ultradino_jax.errors import UserError, damaged
 from ultradino_jax.whole import read_json
 
 MIN_SIDE = 16
 IGNORED = "ignored_files.csv"  # beside what is made of a folder
-# The decoder goes by content, so a PNG that is called .jpg is still read.
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-_PIL_MODE = {1: "L", 3: "RGB"}
 
 
 class BadImage(UserError):
@@ -39,42 +36,31 @@ class BadImage(UserError):
 
 
 def read_image(path: str | os.PathLike, channels: int = 1) -> np.ndarray:
-    """Decodes a PNG, JPEG, TIFF or BMP file completely.
+    """Decodes the first frame of a picture file completely, as `formats` does.
 
-    channels=1 gives Pillow's `convert("L")` (ITU-R 601 luma, alpha ignored), which is
-    what the reference feeds its FUS augmentation; channels=3 gives `convert("RGB")`,
-    so a grey file is replicated. One deviation: a 16-bit grey file is scaled by the
-    range of its type, round(v * 255 / 65535), where Pillow clips everything above 255
-    to white. Pillow decodes, not OpenCV, because OpenCV fills the missing part of a
-    truncated file with grey and only prints a warning.
+    channels=1 gives luma of ITU-R 601 (Pillow's `convert("L")`), which is what the
+    reference feeds its FUS augmentation; channels=3 replicates a grey file.
 
     Returns:
       uint8 [H, W, C], read-only.
 
     Raises:
-      BadImage: missing, truncated or undecodable, of a pixel type without a known
-        range (32-bit integer or float), or with a side below MIN_SIDE pixels.
+      BadImage: missing, truncated or undecodable, or with a side below MIN_SIDE pixels.
     """
     name = os.fspath(path)
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            image.info.pop("transparency", None)  # ignored, and Pillow would warn
-            if image.mode.startswith("I;16"):
-                deep = np.asarray(image).astype(np.uint32)
-                pixels = ((deep + 128) // 257).astype(np.uint8)
-                pixels = np.repeat(pixels[:, :, None], channels, axis=2)
-            elif image.mode in ("I", "F"):
-                raise BadImage(f"pixel type {image.mode} has no 8-bit range", name)
-            else:
-                pixels = np.asarray(image.convert(_PIL_MODE[channels]))
-                pixels = pixels.reshape(*pixels.shape[:2], channels)
-    except (BadImage, MemoryError):
+        pixels, _ = read_picture(path, channels)
+    except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever a broken file makes them
-        raise BadImage(f"{type(error).__name__}: {error}", name) from error
+        text = str(error)
+        if not isinstance(error, UserError):
+            text = f"{type(error).__name__}: {error}"
+        raise BadImage(text, name) from error
     if min(pixels.shape[:2]) < MIN_SIDE:
         height, width = pixels.shape[:2]
         raise BadImage(f"{width}x{height} pixels, a side below {MIN_SIDE}", name)
+    pixels = pixels.reshape(*pixels.shape[:2], channels)
     pixels.flags.writeable = False
     return pixels
 
@@ -217,7 +203,7 @@ def digest_of(ids: Iterable[str]) -> str:
 
 def check_channels(channels: int) -> None:
     """Raises UserError unless it is 1 or 3."""
-    if channels not in _PIL_MODE:
+    if channels not in (1, 3):
         raise UserError(f"channels must be 1 or 3, got {channels}")
 
 

@@ -9,27 +9,27 @@ from PIL import Image
 
 from ultradino_jax.data.datasets.mask_folders import load_mask_folders
 from ultradino_jax.data.datasets.masks import (
-    decode_index,
     encode_png,
     read_mha,
     remap,
 )
 from ultradino_jax.data.datasets.segmented import make_splits
+from ultradino_jax.data.formats.labels import read_labels
 from ultradino_jax.data.phantom.layouts import write_mha
 
 
 def test_index_masks_of_any_mode():
     values = np.array([[0, 1], [2, 255]], np.uint8)
-    np.testing.assert_array_equal(decode_index(encode_png(values)), values)
+    np.testing.assert_array_equal(read_labels(encode_png(values)), values)
     palette = Image.fromarray(values).convert("P")
     palette.putpalette([9] * 768)
     assert palette.mode == "P"
-    np.testing.assert_array_equal(decode_index(saved(palette)), np.asarray(palette))
+    np.testing.assert_array_equal(read_labels(saved(palette)), np.asarray(palette))
     colour = np.repeat(values[:, :, None], 3, 2)
-    np.testing.assert_array_equal(decode_index(saved(Image.fromarray(colour))), values)
+    np.testing.assert_array_equal(read_labels(saved(Image.fromarray(colour))), values)
     colour[0, 1, 0] = 7
     with pytest.raises(ValueError, match="m: a colour picture"):
-        decode_index(saved(Image.fromarray(colour)), "m")
+        read_labels(saved(Image.fromarray(colour)), "m")
     with pytest.raises(ValueError, match="m: unknown mask value 9; known are 0, 7"):
         remap(np.array([[0, 9]], np.uint8), {0: 0, 7: 1}, "m")
 

@@ -1,6 +1,5 @@
 """Files of a downloaded data set: a folder, a zip or a tar, and the tables in them."""
 
-import io
 import os
 import tarfile
 import zipfile
@@ -9,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from ultradino_jax.data.formats.listing import is_junk
+from ultradino_jax.data.formats.readers import read_picture
 from ultradino_jax.data.formats.walk import walk
 from ultradino_jax.errors import UserError
 
@@ -126,8 +125,16 @@ def match_images(
     return {stem: found[stem] for stem in wanted}
 
 
-def decode_grey(data: bytes) -> np.ndarray:
-    """Image file -> uint8 [H,W], Pillow's convert("L"): alpha is ignored."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.info.pop("transparency", None)
-        return np.asarray(image.convert("L"))
+def decode_grey(source: bytes | os.PathLike, where: str = "") -> np.ndarray:
+    """A picture's content or path -> uint8 [H,W], as `formats` reads it.
+
+    Raises UserError naming `where`, by default the path.
+    """
+    where = where or ("image" if isinstance(source, bytes) else os.fspath(source))
+    try:
+        return read_picture(source, channels=1)[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise what they like
+        what = error if isinstance(error, UserError) else type(error).__name__
+        raise UserError(f"{where} cannot be read: {what}") from None

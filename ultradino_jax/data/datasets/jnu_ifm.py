@@ -16,13 +16,13 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from ultradino_jax.data.datasets.masks import (
-    decode_index,
     encode_png,
     find_folder,
     remap,
 )
 from ultradino_jax.data.datasets.records import Published, load_segmented
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.data.formats.labels import read_labels
 from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError
 from ultradino_jax.progress import warn
@@ -49,7 +49,7 @@ def _examples(files):
         elif frame.label is None:
             left_out[f"without a row in {TABLES[0]}"] += 1
         else:
-            stored = decode_index(files.read(frame.mask), frame.mask)
+            stored = read_labels(files.read(frame.mask), frame.mask)
             mask = remap(stored, VALUES, frame.mask)
             both = all((mask == k).any() for k in (1, 2))
             if not both or frame.label != BOTH:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ultradino_jax.data.datasets.archive import decode_grey
 from ultradino_jax.data.datasets.labelled import SPLITS
-from ultradino_jax.data.datasets.masks import check_partners, decode_index
+from ultradino_jax.data.datasets.masks import check_partners
 from ultradino_jax.data.datasets.segmented import SegmentedImages, segmented_images
+from ultradino_jax.data.formats.labels import read_labels
 from ultradino_jax.data.formats.listing import (
     SUFFIXES,
     is_junk,
@@ -58,8 +59,8 @@ def load_mask_folders(
         hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16],
         classes,
         rows,
-        lambda i: decode_grey(files[i][0].read_bytes()),
-        lambda i: decode_index(files[i][1].read_bytes(), str(files[i][1])),
+        lambda i: decode_grey(files[i][0]),
+        lambda i: read_labels(files[i][1]),
     )
 
 

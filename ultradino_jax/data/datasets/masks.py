@@ -82,25 +82,6 @@ def check_partners(images: Mapping, masks: Mapping, where: str) -> None:
             )
 
 
-def decode_index(data: bytes, where: str = "mask") -> np.ndarray:
-    """Index mask file -> uint8 [H,W]: grey values or palette indices as stored.
-
-    A colour file is taken when its channels are equal. Raises UserError naming it.
-    """
-    with Image.open(io.BytesIO(data)) as image:
-        pixels = np.asarray(image)
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8)
-    if pixels.ndim == 3:
-        first = pixels[:, :, :1]
-        if (pixels[:, :, : min(3, pixels.shape[2])] != first).any():
-            raise UserError(f"{where}: a colour picture is no index mask")
-        pixels = pixels[:, :, 0]
-    if pixels.max(initial=0) > 255:
-        raise UserError(f"{where}: the value {pixels.max()} is above 255")
-    return pixels.astype(np.uint8)
-
-
 def encode_png(pixels: np.ndarray) -> bytes:
     """uint8 [H,W] -> PNG."""
     buffer = io.BytesIO()

@@ -58,7 +58,13 @@ class SegmentedImages:
             raise UserError(
                 f"{name} is {list(mask.shape)}, the image {list(image.shape)}"
             )
-        unknown = np.setdiff1d(values_in(mask), [*range(len(self.classes)), 255])
+        values = values_in(mask)
+        if 255 in values and not np.setdiff1d(values, [0, 255]).size:
+            raise UserError(
+                f"{name} holds 0 and 255 alone, and 255 is left out of training and "
+                "scores: in a black and white mask, write 1 for 255"
+            )
+        unknown = np.setdiff1d(values, [*range(len(self.classes)), 255])
         if len(unknown):
             raise UserError(
                 f"{name} holds the value {unknown[0]}; known are 0 to "

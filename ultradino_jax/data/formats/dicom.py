@@ -12,7 +12,8 @@ from pydicom.pixels.processing import apply_color_lut, apply_voi_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 from pydicom.uid import ImplicitVRLittleEndian as ImplicitVR
 
-from ultradino_jax.data.formats.frames import MAX_PIXELS, Clip, choose_frames, stretch
+from ultradino_jax.data.formats.depth import to_uint8
+from ultradino_jax.data.formats.frames import MAX_PIXELS, Clip, choose_frames
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 # Ultrasound, intravascular ultrasound and what digitised or untagged ultrasound says.
@@ -131,11 +132,11 @@ def _to_uint8(frames: list[np.ndarray], dataset) -> list[np.ndarray]:
             (f >> 8).astype(np.uint8) if f.dtype == np.uint16 else f for f in coloured
         ]
     if not photometric.startswith("MONOCHROME"):
-        return stretch(frames)
+        return to_uint8(frames)
     if dataset.get("VOILUTSequence"):
         # The table is indexed with whole numbers.
         whole = [np.rint(_rescale(f, dataset)).astype(np.int32) for f in frames]
-        grey = stretch([apply_voi_lut(f, dataset).astype(np.float32) for f in whole])
+        grey = to_uint8([apply_voi_lut(f, dataset).astype(np.float32) for f in whole])
     elif window := _window(dataset):
         center, width = window
         grey = []
@@ -144,7 +145,7 @@ def _to_uint8(frames: list[np.ndarray], dataset) -> list[np.ndarray]:
             level = (_rescale(frame, dataset) - (center - 0.5)) / max(width - 1, 1e-6)
             grey.append(np.clip(np.rint((level + 0.5) * 255), 0, 255).astype(np.uint8))
     else:
-        grey = stretch(frames)
+        grey = to_uint8(frames)
     return [255 - f for f in grey] if photometric == "MONOCHROME1" else grey
 
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ultradino_jax.data.formats.unreadable import Unreadable
-
 MAX_PIXELS = 2**25  # of one frame: 33 million, an 8K screen
 MAX_SIDE = 2**15 - 1  # the widest that every encoder takes
 MAX_BYTES = 2**31  # of one file
@@ -42,26 +40,3 @@ def choose_frames(
     if keep == 1:
         return [0]
     return [round(i * (count - 1) / (keep - 1)) for i in range(keep)]
-
-
-def stretch(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """Any numbers -> uint8, the clip's smallest finite value to 0, its largest to 255.
-
-    uint8 stays as it is. Values that are not finite become the smallest.
-    """
-    if all(f.dtype == np.uint8 for f in frames):
-        return frames
-    if any(f.dtype.kind not in "buif" for f in frames):
-        raise Unreadable("unsupported", "pixel type")
-    frames = [f.astype(np.float64) for f in frames]
-    finite = [f[np.isfinite(f)] for f in frames]
-    finite = [f for f in finite if f.size]
-    if not finite:
-        raise Unreadable("unreadable", "no finite pixel")
-    low = min(f.min() for f in finite)
-    span = max(f.max() for f in finite) - low
-    scale = 255 / span if span > 0 and np.isfinite(span) else 0.0
-    return [
-        np.rint((np.where(np.isfinite(f), f, low) - low) * scale).astype(np.uint8)
-        for f in frames
-    ]

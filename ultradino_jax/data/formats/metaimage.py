@@ -1,6 +1,7 @@
-"""MetaImage files (.mha) with their pixels in the same file."""
+"""MetaImage: .mha, its pixels in the same file, and .mhd, in a file beside it."""
 
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -19,20 +20,21 @@ _TYPES = {
 }
 
 
-def read_metaimage(data: bytes) -> np.ndarray:
+def read_metaimage(data: bytes, path: str | Path | None = None) -> np.ndarray:
     """File -> array, the last axis of DimSize first, channels last: [N,H,W] or so.
 
-    Raw or zlib, of any number type. Raises Unreadable.
+    Raw or zlib, of any number type. path: where the file lies; pixels in another file
+    are read from its folder alone. Raises Unreadable.
     """
     try:
-        return _read(data)
+        return _read(data, path)
     except (Unreadable, MemoryError):
         raise
     except Exception as error:  # whatever a damaged header or stream leads to
         raise Unreadable("unreadable", type(error).__name__) from None
 
 
-def _read(data: bytes) -> np.ndarray:
+def _read(data: bytes, path: str | Path | None) -> np.ndarray:
     fields, position = {}, 0
     while "ElementDataFile" not in fields:
         end = data.find(b"\n", position)
@@ -42,7 +44,7 @@ def _read(data: bytes) -> np.ndarray:
         fields[key.strip()] = value.strip()
         position = end + 1
     kind = _TYPES.get(fields.get("ElementType", ""))
-    if fields["ElementDataFile"] != "LOCAL" or kind is None:
+    if kind is None or fields.get("BinaryData", "True") != "True":
         raise Unreadable("unsupported", "MetaImage kind")
     big = "True" in (
         fields.get("BinaryDataByteOrderMSB"),
@@ -58,8 +60,24 @@ def _read(data: bytes) -> np.ndarray:
     if min(shape) < 1 or wanted > MAX_BYTES:
         raise Unreadable("too_large")
     body = data[position:]
+    if fields["ElementDataFile"] != "LOCAL":
+        body = _beside(fields["ElementDataFile"], path)
     if fields.get("CompressedData") == "True":
         body = zlib.decompressobj().decompress(body, wanted)
     if len(body) < wanted:
         raise Unreadable("unreadable", "truncated")
     return np.frombuffer(body[:wanted], dtype).reshape(shape)
+
+
+def _beside(name: str, path: str | Path | None) -> bytes:
+    if path is None:
+        raise Unreadable("unsupported", "pixels in another file of an archive")
+    if name.startswith("LIST") or "%" in name:
+        raise Unreadable("unsupported", "MetaImage of several files")
+    if "/" in name or "\\" in name or name in ("", ".", ".."):
+        raise Unreadable("unsupported", "pixels in another folder")
+    try:
+        with (Path(path).parent / name).open("rb") as file:
+            return file.read(MAX_BYTES)
+    except OSError:
+        raise Unreadable("unreadable", "the file of the pixels is not there") from None

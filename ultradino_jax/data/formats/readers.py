@@ -1,35 +1,39 @@
 """Any file -> frames. The bytes say what a file is, never its name."""
 
-import io
 import os
+import re
 
 import cv2
 import numpy as np
-from numpy.lib import format as npy_format
-from PIL import Image
 
+from ultradino_jax.data.formats.archives import KINDS as ARCHIVES
+from ultradino_jax.data.formats.arrays import KINDS as ARRAYS
+from ultradino_jax.data.formats.arrays import is_nifti, read_array
+from ultradino_jax.data.formats.depth import to_uint8
 from ultradino_jax.data.formats.frames import (
+    MAX_BYTES,
     MAX_PIXELS,
     Clip,
     choose_frames,
-    stretch,
 )
-from ultradino_jax.data.formats.metaimage import read_metaimage
-from ultradino_jax.data.formats.restricted_pickle import UnsafePickle, load_npy_pickle
+from ultradino_jax.data.formats.stills import read_pages, to_grey
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 HEAD = 512  # bytes that `kind_of` needs
 _VIDEO = (b"\x1aE\xdf\xa3", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"0&\xb2u")
-_OPENCV = ("png", "jpeg", "bmp")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # and BigTIFF
+STILLS = ("png", "jpeg", "bmp", "pillow")
 
 
 def kind_of(head: bytes) -> str:
     """Kind of a file from its first HEAD bytes; "" when it is none this project reads.
 
-    One of png jpeg bmp pillow dicom mha npy video, or zip tar gzip xz bzip2.
+    One of png jpeg bmp pillow dicom mha npy nifti video, or zip tar gzip xz bzip2.
     """
     if looks_like_dicom(head):
         return "dicom"
+    if is_nifti(head):
+        return "nifti"
     starts = {
         "png": (b"\x89PNG\r\n\x1a\n",),
         "jpeg": (b"\xff\xd8\xff",),
@@ -39,11 +43,13 @@ def kind_of(head: bytes) -> str:
         "xz": (b"\xfd7zXZ\0",),
         "bzip2": (b"BZh",),
         "video": _VIDEO,
-        "pillow": (b"II*\0", b"MM\0*", b"GIF8", b"P5\n", b"P6\n"),
+        "pillow": (*_TIFF, b"GIF8", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
     }
     for kind, magics in starts.items():
         if head.startswith(magics):
             return kind
+    if re.match(rb"P[1-6]\s+[#\d]", head):  # PNM
+        return "pillow"
     if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
         return "bmp"
     if (head[:4] == b"RIFF" and head[8:12] == b"AVI ") or head[4:8] == b"ftyp":
@@ -74,103 +80,67 @@ def read_clip(
     fps: float = 3.0,
     max_frames: int = 32,
     any_modality: bool = False,
+    path: str | os.PathLike | None = None,
 ) -> Clip:
     """Chosen frames of one file held in memory (videos: `read_video`).
 
     fps, max_frames: see `frames.choose_frames`. any_modality: take DICOM that is not
-    ultrasound. Raises Unreadable; decoders may raise other errors on damaged files.
+    ultrasound. path: where the file lies, None in an archive. Raises Unreadable;
+    decoders may raise other errors on damaged files.
     """
     if kind == "dicom":
         # Slow to import: only where there is one.
         from ultradino_jax.data.formats.dicom import read_dicom
 
         return read_dicom(data, fps, max_frames, any_modality)
-    if kind in _OPENCV:
-        return Clip(stretch([_read_still(data, kind)]), [0], 1)
-    if kind == "pillow":
-        return _read_pillow(data, fps, max_frames)
-    if kind == "mha":
-        return _from_array(read_metaimage(data), fps, max_frames)
-    if kind == "npy":
-        return _from_array(_read_npy(data), fps, max_frames)
+    if kind in STILLS:
+        return Clip(
+            *read_pages(data, lambda n, ms: choose_frames(n, ms, fps, max_frames))
+        )
+    if kind in ARRAYS:
+        frames = read_array(data, kind, path)
+        chosen = choose_frames(len(frames), None, fps, max_frames)
+        pages = to_uint8([np.ascontiguousarray(frames[i]) for i in chosen])
+        return Clip(pages, chosen, len(frames))
     raise Unreadable("unsupported")
 
 
-def _read_still(data: bytes, kind: str) -> np.ndarray:
-    # OpenCV 4 fills the missing part of a truncated JPEG with grey and says nothing.
-    if kind == "jpeg" and b"\xff\xd9" not in data[-4096:]:
-        raise Unreadable("unreadable", "truncated")
-    with Image.open(io.BytesIO(data)) as header:  # the size, before any decoding
-        if header.width * header.height > MAX_PIXELS:
-            raise Unreadable("too_large")
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise Unreadable("unreadable")
-    if pixels.ndim == 3 and pixels.shape[2] == 2:
-        return np.ascontiguousarray(pixels[..., 0])  # grey with alpha
-    if pixels.ndim == 3:
-        return np.ascontiguousarray(pixels[..., 2::-1])  # BGR(A): alpha says nothing
-    return pixels
+def read_picture(
+    source: str | os.PathLike | bytes, channels: int | None = None
+) -> tuple[np.ndarray, int]:
+    """(the first frame of a file, how many frames there are in it).
 
-
-def _read_pillow(data: bytes, fps: float, max_frames: int) -> Clip:
-    """TIFF, GIF, WebP, PNM, with all their pages."""
-    frames = []
-    with Image.open(io.BytesIO(data)) as image:
-        count = getattr(image, "n_frames", 1)
-        chosen = choose_frames(count, image.info.get("duration"), fps, max_frames)
-        for position in chosen:
-            image.seek(position)
-            if image.width * image.height > MAX_PIXELS:
-                raise Unreadable("too_large")
-            if image.mode in ("1", "LA"):
-                frames.append(np.asarray(image.convert("L")))
-            elif image.mode in ("L", "F", "RGB") or image.mode.startswith("I"):
-                frames.append(np.asarray(image))
-            else:
-                frames.append(np.asarray(image.convert("RGB")))
-    return Clip(stretch(frames), chosen, count)
-
-
-def _from_array(array: np.ndarray, fps: float, max_frames: int) -> Clip:
-    """[H,W], [H,W,3|4], [N,H,W] or [N,H,W,3|4] of any number type."""
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
-        array = array[None]
-    if array.ndim == 4 and array.shape[3] in (3, 4):
-        array = array[..., :3]
-    elif array.ndim != 3:
-        raise Unreadable("unsupported", "array shape")
-    count, height, width = array.shape[:3]
-    if not array.size:
+    The frame is uint8 [H,W] or [H,W,3] RGB; channels: 1 or 3 for one of them whatever
+    the file holds. DICOM of any modality is taken; what a sequence says of itself is
+    prepare's to ask. Raises Unreadable, and OSError for a file that cannot be read;
+    decoders may raise other errors on damaged files.
+    """
+    path = None if isinstance(source, bytes) else source
+    data = source if isinstance(source, bytes) else _content(source)
+    if not data:
         raise Unreadable("empty")
-    if height * width > MAX_PIXELS:
+    kind = kind_of(data[:HEAD])
+    if kind == "video":
+        raise Unreadable("video")
+    if kind in ARCHIVES:
+        raise Unreadable("archive")
+    if kind in STILLS:
+        pages, _, count = read_pages(data, lambda *_: [0], grey=channels == 1)
+    else:
+        clip = read_clip(data, kind, max_frames=1, any_modality=True, path=path)
+        pages, count = clip.frames, clip.count
+    pixels = to_grey(pages[0]) if channels == 1 else pages[0]
+    if channels == 3 and pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    return pixels, count
+
+
+def _content(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise Unreadable("too_large")
-    chosen = choose_frames(count, None, fps, max_frames)
-    frames = stretch([np.ascontiguousarray(array[i]) for i in chosen])
-    return Clip(frames, chosen, count)
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-    file = io.BytesIO(data)
-    major, _ = npy_format.read_magic(file)
-    read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
-    if major not in read:
-        raise Unreadable("unsupported", "npy version")
-    shape, _, dtype = read[major](file)
-    if not dtype.hasobject:
-        # numpy would first allocate what the header asks for.
-        wanted = np.prod([float(n) for n in shape]) * dtype.itemsize
-        if wanted > len(data):
-            raise Unreadable("unreadable", "truncated")
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    try:
-        loaded = load_npy_pickle(data)
-    except UnsafePickle:
-        raise Unreadable("unsafe_pickle") from None
-    image = loaded.get("image") if isinstance(loaded, dict) else None
-    if not isinstance(image, np.ndarray):
-        raise Unreadable("unsupported", "pickle without an image")
-    return image
+    return data
 
 
 def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> Clip:

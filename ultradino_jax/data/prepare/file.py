@@ -14,6 +14,7 @@ from ultradino_jax.data.cache import encode
 from ultradino_jax.data.formats import archives
 from ultradino_jax.data.formats.frames import MAX_BYTES, MAX_SIDE, Clip
 from ultradino_jax.data.formats.readers import HEAD, kind_of, read_clip, read_video
+from ultradino_jax.data.formats.stills import to_grey
 from ultradino_jax.data.formats.unreadable import Unreadable
 from ultradino_jax.data.prepare.burned_text import count_text_lines
 from ultradino_jax.data.prepare.dedup import near_hash, pixel_sha256
@@ -190,7 +191,12 @@ def _run_member(
             clip = read_video(path, settings.fps, settings.max_frames)
         else:
             clip = read_clip(
-                data, kind, settings.fps, settings.max_frames, not settings.region
+                data,
+                kind,
+                settings.fps,
+                settings.max_frames,
+                any_modality=not settings.region,
+                path=path,
             )
         frames = _run_clip(clip, settings)
     except Unreadable as error:
@@ -241,7 +247,7 @@ def _run_clip(clip: Clip, settings: Settings) -> list[FrameResult]:
     grey, spreads = [], []
     for frame in clip.frames:
         colour = frame.ndim == 3
-        grey.append(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if colour else frame)
+        grey.append(to_grey(frame))
         spreads.append(chroma(frame) if colour and settings.region else None)
     boxes = None
     if settings.region and clip.regions:

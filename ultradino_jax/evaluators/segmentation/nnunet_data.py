@@ -12,6 +12,7 @@ from PIL import Image
 
 from ultradino_jax.data.datasets.labelled import SPLITS
 from ultradino_jax.data.datasets.segmented import SegmentedImages
+from ultradino_jax.data.formats.labels import read_labels
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.progress import Progress
@@ -90,7 +91,7 @@ def read_masks(
                 f"{missing} of {len(rows)} predictions are missing, first {str(path)!r}"
                 f" (image {str(data.ids[row])!r})"
             )
-        mask = np.asarray(Image.open(path))
+        mask = read_labels(path)
         if mask.shape != data[row].shape or mask.max() >= len(data.classes):
             raise UserError(
                 f"{str(path)!r} is {list(mask.shape)} with values to {mask.max()}; the "
