@@ -130,7 +130,7 @@ def write_hashes(
     listed, problems = [], 0
     for _, result in _results(entries, (0, 0), settings, workers, timeout):
         # Tables and notes beside the images are no images.
-        problems += result.reason not in ("", "unsupported", "no_pixels")
+        problems += result.reason not in ("", "unsupported", "no_pixels", "junk")
         for frame in result.frames:
             near = [frame.near, *(record.near for record in frame.records)]
             listed.append((frame.sha256, near))
@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dedup", choices=DEDUP, default="near", help="duplicates to drop")
     add("--exclude", action="append", default=[], help="hash list; repeatable")
     add("--key", help="file with the secret behind the ids (default: OUTPUT.key)")
-    add("--workers", type=int, help="processes (default: one per core)")
+    add("--workers", type=int, help="processes, at least 1 (default: one per core)")
     add("--timeout", type=float, default=120.0, help="seconds for one file")
     add("--write-hashes", metavar="FILE", help="only write a list for --exclude")
     add("--lookup", metavar="PATH", help="only print the ids of a file or folder")
@@ -311,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.write_hashes and not args.output and not (args.lookup and args.key):
         parser.error("--output is required")
-    common = {"workers": args.workers, "timeout": args.timeout}
+    # Never in this process: a file that crashes its decoder would end it.
+    workers = 1 if args.workers == 0 else args.workers
+    common = {"workers": workers, "timeout": args.timeout}
     if args.lookup:
         key = Path(args.key or os.path.abspath(args.output) + ".key")
         for file_id, path in lookup(args.lookup, args.input, key):

@@ -23,9 +23,7 @@ RGB = RNG.integers(0, 256, (40, 48, 3), dtype=np.uint8)
 
 
 def read(data, fps=1e6, max_frames=100, any_modality=False):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom warns about what these files do wrong
-        return read_dicom(data, fps, max_frames, any_modality)
+    return read_dicom(data, fps, max_frames, any_modality)
 
 
 def bundled(name):
@@ -49,9 +47,7 @@ def test_grey_inverted_and_windowed():
     assert np.array_equal(got.frames[0], np.clip(np.rint(want), 0, 255))
     # No window: the range of 12 bits; senseless windows count as none.
     for tags in ({}, {"WindowCenter": "nan", "WindowWidth": 5}, {"WindowWidth": 9}):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            got = read(dicom(deep, **tags)).frames[0]
+        got = read(dicom(deep, **tags)).frames[0]
         assert np.array_equal(got, np.rint(deep * (255 / 4095)))
 
 
@@ -135,8 +131,6 @@ def test_what_cannot_be_used_has_a_reason():
     assert read(dicom(GREY, Modality="CT"), any_modality=True).count == 1
     assert reason(bundled("DICOMDIR"))[0] == "no_pixels"
     assert reason(bundled("test-SR.dcm"))[0] == "no_pixels"
-    assert reason(dicom(GREY, NumberOfFrames=0))[0] == "bad_frame_count"
-    assert reason(bundled("badVR.dcm"), any_modality=True)[0] == "bad_frame_count"
     assert reason(dicom(GREY, Rows=60000, Columns=60000))[0] == "too_large"
     detail = "12-bit JPEG: no permissive decoder"
     got = reason(bundled("JPEG-lossy.dcm"), any_modality=True)
@@ -148,8 +142,6 @@ def test_what_cannot_be_used_has_a_reason():
         ):
             got = reason(bundled(name), any_modality=True)
             assert got == ("missing_decoder", wanted)
-    with pytest.raises(ValueError):  # more frames than data
-        read(dicom(GREY, NumberOfFrames=9))
 
 
 def test_dicom_is_known_by_its_bytes():

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from ultradino_jax.data.formats import archives
-from ultradino_jax.data.formats.readers import HEAD, kind_of, read_clip, read_video
+from ultradino_jax.data.formats.readers import HEAD, kind_of, read_clip
 from ultradino_jax.data.formats.restricted_pickle import UnsafePickle, load_npy_pickle
 from ultradino_jax.data.formats.unreadable import Unreadable
+from ultradino_jax.data.formats.video import read_video
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (40, 48), dtype=np.uint8)

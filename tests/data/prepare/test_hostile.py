@@ -37,7 +37,7 @@ def test_nothing_of_the_input_is_in_the_output(tmp_path):
         "ImageComments": "Zebedee, seen 23.12.1971",
     }
     (folder / "Zebedee.dcm").write_bytes(dicom(screen(*fan())[0], **tags))
-    (folder / "broken").write_bytes(dicom(fan()[0], NumberOfFrames=7, **tags))
+    (folder / "broken").write_bytes(dicom(fan()[0], Rows=999, **tags))
     (folder / "Zebedee copy.dcm").write_bytes(dicom(screen(*fan())[0], **tags))
     (folder / "Quill.txt").write_text("Zebedee Quill, 23.12.1971")
     with tarfile.open(folder / "Zebedee.tar", "w") as archive:
@@ -95,7 +95,8 @@ def bad_inputs(root):
     files = {
         "corrupt.png": (good[:60] + b"rubbish" * 9 + good[200:], "unreadable"),
         "empty": (b"", "empty"),
-        "no frames.dcm": (dicom(fan()[0], NumberOfFrames=0), "bad_frame_count"),
+        "no frames.dcm": (dicom(fan()[0], NumberOfFrames=0), ""),  # but there is one
+        "small.dcm": (dicom(fan()[0], Rows=999), "unreadable"),
         "pickle.npy": (pickled.getvalue(), "unsafe_pickle"),
         "truncated.dcm": (sound[: len(sound) // 2], "unreadable"),
         "truncated.jpg": (encoded(fan()[0], ".jpg")[:3000], "unreadable"),
@@ -123,7 +124,7 @@ def test_every_bad_input_gets_one_line_and_the_rest_goes_on(tmp_path):
     root.mkdir()
     wanted = bad_inputs(root)
     manifest = run(root, cache, workers=1, timeout=20)
-    assert manifest["records"] == 2
+    assert manifest["records"] == 3
     got = skipped(cache, tmp_path / "cache.key", root)
     found = {name: reason for reason, names in got.items() for name in names}
     assert found == {name: reason for name, reason in wanted.items() if reason}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy_format
 
-from ultradino_jax.data.formats.frames import MAX_BYTES, MAX_PIXELS
+from ultradino_jax.data.formats.frames import MAX_INFLATED, MAX_PIXELS
 from ultradino_jax.data.formats.metaimage import read_metaimage
 from ultradino_jax.data.formats.restricted_pickle import UnsafePickle, load_npy_pickle
 from ultradino_jax.data.formats.unreadable import Unreadable
@@ -90,14 +90,14 @@ def _read_nifti(data: bytes) -> np.ndarray:
         raise Unreadable("missing_decoder", hint) from None
     if data.startswith(b"\x1f\x8b"):
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
+            data = file.read(MAX_INFLATED + 1)
+        if len(data) > MAX_INFLATED:
             raise Unreadable("too_large")
     two = data[4:7] == b"n+2"
     kind = nibabel.Nifti2Image if two else nibabel.Nifti1Image
     image = kind.from_bytes(data)
-    if np.prod([float(n) for n in image.shape]) * 8 > MAX_BYTES:
-        raise Unreadable("too_large")  # 8 bytes: what scaling may make of a number
+    if np.prod([float(n) for n in image.shape]) > MAX_INFLATED:
+        raise Unreadable("too_large")
     array = np.asanyarray(image.dataobj)
     if array.dtype.names:  # RGB24 or RGBA32
         array = np.stack([array[name] for name in array.dtype.names[:3]], axis=-1)

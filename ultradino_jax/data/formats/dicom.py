@@ -1,64 +1,62 @@
 """DICOM files to 8-bit frames: photometric interpretation, palette and window, once."""
 
 import io
+import logging
 import math
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pydicom
-from pydicom.dataset import FileMetaDataset
-from pydicom.multival import MultiValue
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_color_lut, apply_voi_lut
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
-from pydicom.uid import ImplicitVRLittleEndian as ImplicitVR
+from pydicom import config
+from pydicom.dataset import Dataset
 
 from ultradino_jax.data.formats.depth import to_uint8
-from ultradino_jax.data.formats.frames import MAX_PIXELS, Clip, choose_frames
+from ultradino_jax.data.formats.dicom_levels import coloured, grey_levels
+from ultradino_jax.data.formats.dicom_pixels import (
+    Layout,
+    check_decoder,
+    decode_frame,
+    encoded_frames,
+    stored_frames,
+)
+from ultradino_jax.data.formats.dicom_tags import number, numbers, text, whole
+from ultradino_jax.data.formats.frames import (
+    MAX_INFLATED,
+    MAX_PIXELS,
+    Clip,
+    choose_frames,
+)
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 # Ultrasound, intravascular ultrasound and what digitised or untagged ultrasound says.
 ULTRASOUND = ("US", "IVUS", "OT", "")
-# Transfer syntaxes that Pillow and pydicom alone cannot decode, by UID, and who can.
-_GDCM = "pip install python-gdcm"
-_EXTRA = "pip install -e '.[dicom]'"
-_12_BIT = "1.2.840.10008.1.2.4.51"
-_DECODERS = {
-    _12_BIT: "12-bit JPEG: no permissive decoder",
-    "1.2.840.10008.1.2.4.57": f"JPEG lossless: {_GDCM}",
-    "1.2.840.10008.1.2.4.70": f"JPEG lossless: {_GDCM}",
-    "1.2.840.10008.1.2.4.80": f"JPEG-LS: {_GDCM}",
-    "1.2.840.10008.1.2.4.81": f"JPEG-LS: {_GDCM}",
-    "1.2.840.10008.1.2.4.90": f"JPEG 2000: {_EXTRA}",
-    "1.2.840.10008.1.2.4.91": f"JPEG 2000: {_EXTRA}",
-    "1.2.840.10008.1.2.4.201": f"HTJ2K: {_EXTRA}",
-    "1.2.840.10008.1.2.4.202": f"HTJ2K: {_EXTRA}",
-    "1.2.840.10008.1.2.4.203": f"HTJ2K: {_EXTRA}",
-    "1.2.840.10008.1.2.5": f"RLE: {_EXTRA}",
-}
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_BIG_ENDIAN = "1.2.840.10008.1.2.2"
+# pydicom would warn of values that it finds odd, and quote them.
+config.settings.reading_validation_mode = config.IGNORE
+logging.getLogger("pydicom").addHandler(logging.NullHandler())
 
 
 def read_dicom(data: bytes, fps: float, max_frames: int, any_modality: bool) -> Clip:
     """One DICOM file -> its chosen frames as RGB or grey uint8, tags for the region.
 
-    Raises Unreadable.
+    Raises Unreadable; pydicom and its plugins raise what they like for damaged files.
     """
-    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-    if not any(k in dataset for k in ("PixelData", "FloatPixelData")):
+    dataset = pydicom.dcmread(io.BytesIO(_inflated(data)), force=True)
+    if not any(k in dataset for k in _PIXELS):
         raise Unreadable("no_pixels")
-    if not any_modality and str(dataset.get("Modality") or "") not in ULTRASOUND:
+    if not any_modality and text(dataset, "Modality") not in ULTRASOUND:
         raise Unreadable("not_ultrasound")
-    count = _frame_count(dataset)
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    if rows * columns > MAX_PIXELS:
-        raise Unreadable("too_large")
+    count, frame = _frames(dataset)
     chosen = choose_frames(count, _frame_ms(dataset), fps, max_frames)
-    study = str(dataset.get("StudyInstanceUID") or "")
-    patient = str(dataset.get("PatientID") or "")
+    stored = [frame(i) for i in chosen]
+    study, patient = text(dataset, "StudyInstanceUID"), text(dataset, "PatientID")
     if patient:
         # The same number at two hospitals is two people, when the tags tell them apart.
-        patient = f"{dataset.get('IssuerOfPatientID') or ''}\0{patient}"
+        patient = f"{text(dataset, 'IssuerOfPatientID')}\0{patient}"
     return Clip(
-        frames=_to_uint8(_decode(dataset, chosen), dataset),
+        frames=_shown(stored, chosen, dataset),
         chosen=chosen,
         count=count,
         regions=dataset.get("SequenceOfUltrasoundRegions"),
@@ -67,109 +65,124 @@ def read_dicom(data: bytes, fps: float, max_frames: int, any_modality: bool) -> 
     )
 
 
-def _frame_count(dataset) -> int:
-    value = dataset.get("NumberOfFrames", 1)
-    try:
-        count = int(1 if value is None else value)
-    except (TypeError, ValueError):
-        raise Unreadable("bad_frame_count") from None
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+
+
+def _inflated(data: bytes) -> bytes:
+    """The file without the deflation of its transfer syntax, which could be a bomb."""
+    if data[128:132] != b"DICM" or _DEFLATED not in data[:1024]:
+        return data
+    length = int.from_bytes(data[140:144], "little")
+    head, body = data[: 144 + length], data[144 + length :]
+    if _DEFLATED not in head:
+        return data
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    body = unpacker.decompress(body, MAX_INFLATED)
+    if unpacker.unconsumed_tail:
+        raise Unreadable("too_large")
+    plain = b"1.2.840.10008.1.2.1".ljust(len(_DEFLATED), b"\0")
+    return head.replace(_DEFLATED, plain) + body
+
+
+def _layout(dataset: Dataset) -> Layout:
+    """What the tags say of the pixels. Raises Unreadable when they say too little."""
+    rows, columns = whole(dataset, "Rows"), whole(dataset, "Columns")
+    if not rows or not columns or min(rows, columns) < 1:
+        raise Unreadable("unreadable", "no rows or columns")
+    if rows * columns > MAX_PIXELS:
+        raise Unreadable("too_large")
+    allocated = whole(dataset, "BitsAllocated") or 8
+    stored = whole(dataset, "BitsStored") or allocated
+    if allocated not in (1, 8, 16, 32, 64) or not 1 <= stored <= allocated:
+        raise Unreadable("unsupported", "bits")
+    high = whole(dataset, "HighBit")
+    if high is None or not stored - 1 <= high < allocated:
+        high = stored - 1
+    return Layout(
+        rows=rows,
+        columns=columns,
+        samples=whole(dataset, "SamplesPerPixel") or 1,
+        allocated=allocated,
+        stored=stored,
+        high_bit=high,
+        signed=whole(dataset, "PixelRepresentation") == 1,
+        planar=whole(dataset, "PlanarConfiguration") == 1,
+        colour=text(dataset, "PhotometricInterpretation"),
+    )
+
+
+def _syntax(dataset: Dataset) -> str:
+    """Transfer syntax; without file meta only uncompressed data was ever written."""
+    meta = getattr(dataset, "file_meta", None)
+    syntax = str(getattr(meta, "TransferSyntaxUID", None) or "")
+    if syntax:
+        return syntax
+    little = dataset.original_encoding[1]
+    return "1.2.840.10008.1.2.1" if little or little is None else _BIG_ENDIAN
+
+
+def _frames(dataset: Dataset) -> tuple[int, Callable[[int], np.ndarray]]:
+    """(frames that there are, index -> frame), see `dicom_pixels`."""
+    layout, syntax = _layout(dataset), _syntax(dataset)
+    declared = whole(dataset, "NumberOfFrames")
+    native = syntax in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", _BIG_ENDIAN)
+    order = ">" if syntax == _BIG_ENDIAN else "<"
+    if "PixelData" not in dataset:
+        count, frame = _floats(dataset, layout, order)
+    elif native or syntax.encode() == _DEFLATED:
+        element = dataset["PixelData"]
+        swapped = order == ">" and element.VR == "OW" and layout.allocated == 8
+        count, frame = stored_frames(element.value, layout, declared, order, swapped)
+    else:
+        check_decoder(syntax)
+        streams = encoded_frames(dataset.PixelData, syntax)
+        count = len(streams)
+
+        def frame(index: int) -> np.ndarray:
+            return decode_frame(streams[index], layout, syntax)
+
     if count < 1:
-        raise Unreadable("bad_frame_count")
-    return count
+        raise Unreadable("unreadable", "no whole frame")
+    return count, frame
 
 
-def _frame_ms(dataset) -> float | None:
+def _floats(dataset: Dataset, layout: Layout, order: str):
+    """As `stored_frames`, of FloatPixelData or DoubleFloatPixelData."""
+    short = "FloatPixelData" in dataset
+    data = dataset["FloatPixelData" if short else "DoubleFloatPixelData"].value
+    if layout.samples != 1:
+        raise Unreadable("unsupported", "floats in colour")
+    values = np.frombuffer(data, np.dtype(f"{order}f{4 if short else 8}"))
+    size = layout.rows * layout.columns
+
+    def frame(index: int) -> np.ndarray:
+        part = values[index * size : (index + 1) * size]
+        return part.reshape(layout.rows, layout.columns)
+
+    return values.size // size, frame
+
+
+def _shown(
+    frames: list[np.ndarray], positions: list[int], dataset: Dataset
+) -> list[np.ndarray]:
+    colour = text(dataset, "PhotometricInterpretation")
+    if colour == "PALETTE COLOR":
+        return coloured(frames, dataset)
+    if frames[0].ndim == 3 or frames[0].dtype == bool:
+        return to_uint8(frames)
+    return grey_levels(frames, positions, dataset, colour)
+
+
+def _frame_ms(dataset: Dataset) -> float | None:
     """Milliseconds between frames, or None when no tag says so credibly."""
-    vector = dataset.get("FrameTimeVector") or []
+    vector = numbers(dataset, "FrameTimeVector")[1:]
     candidates = [
-        (dataset.get("FrameTime"), 1),
-        (vector[1:] and np.mean([float(v) for v in vector[1:]]), 1),
-        (dataset.get("CineRate"), -1),
-        (dataset.get("RecommendedDisplayFrameRate"), -1),
+        (number(dataset, "FrameTime"), 1),
+        (float(np.mean(vector)) if vector else None, 1),
+        (number(dataset, "CineRate"), -1),
+        (number(dataset, "RecommendedDisplayFrameRate"), -1),
     ]
     for value, power in candidates:
-        try:
-            value = float(value)
-        except (TypeError, ValueError):
-            continue
-        if math.isfinite(value) and value > 0:
+        if value is not None and math.isfinite(value) and value > 0:
             return value if power == 1 else 1000 / value
     return None
-
-
-def _decode(dataset, chosen: list[int]) -> list[np.ndarray]:
-    """Stored frames; YBR comes back as RGB (pydicom converts exactly once)."""
-    meta = getattr(dataset, "file_meta", None)
-    syntax = getattr(meta, "TransferSyntaxUID", None)
-    if syntax is None:  # no file meta: only uncompressed data was ever written so
-        implicit, little = dataset.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        syntax = ImplicitVR if implicit else explicit
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = syntax
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise Unreadable("unsupported", "transfer syntax") from None
-    if not decoder.is_available:
-        raise Unreadable("missing_decoder", _DECODERS.get(str(syntax), ""))
-    try:
-        frames = decoder.iter_array(dataset, indices=chosen, raw=False)
-        return [pixels for pixels, _ in frames]
-    except Exception:
-        # Plugins offer themselves for 8-bit JPEG of this kind, then refuse 12 bits.
-        if str(syntax) == _12_BIT and dataset.get("BitsStored", 8) > 8:
-            raise Unreadable("missing_decoder", _DECODERS[_12_BIT]) from None
-        raise
-
-
-def _to_uint8(frames: list[np.ndarray], dataset) -> list[np.ndarray]:
-    photometric = str(dataset.get("PhotometricInterpretation") or "")
-    if photometric == "PALETTE COLOR":
-        coloured = [apply_color_lut(f, dataset) for f in frames]
-        # 16-bit palettes keep the level in the high byte (0xff00 is white).
-        return [
-            (f >> 8).astype(np.uint8) if f.dtype == np.uint16 else f for f in coloured
-        ]
-    if not photometric.startswith("MONOCHROME"):
-        return to_uint8(frames)
-    if dataset.get("VOILUTSequence"):
-        # The table is indexed with whole numbers.
-        whole = [np.rint(_rescale(f, dataset)).astype(np.int32) for f in frames]
-        grey = to_uint8([apply_voi_lut(f, dataset).astype(np.float32) for f in whole])
-    elif window := _window(dataset):
-        center, width = window
-        grey = []
-        for frame in frames:
-            # PS3.3 C.11.2.1.2.1, to 0..255.
-            level = (_rescale(frame, dataset) - (center - 0.5)) / max(width - 1, 1e-6)
-            grey.append(np.clip(np.rint((level + 0.5) * 255), 0, 255).astype(np.uint8))
-    else:
-        grey = to_uint8(frames)
-    return [255 - f for f in grey] if photometric == "MONOCHROME1" else grey
-
-
-def _rescale(frame: np.ndarray, dataset) -> np.ndarray:
-    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-    if slope is None and intercept is None:
-        return frame
-    values = [float(1 if slope is None else slope), float(intercept or 0)]
-    if not all(map(math.isfinite, values)):
-        return frame
-    return frame.astype(np.float32) * values[0] + values[1]
-
-
-def _window(dataset) -> tuple[float, float] | None:
-    """First window centre and width, or None when absent or not usable."""
-    values: list[float] = []
-    for keyword in ("WindowCenter", "WindowWidth"):
-        value = dataset.get(keyword)
-        if isinstance(value, MultiValue):
-            value = value[0] if len(value) else ""
-        try:
-            values.append(float(value))
-        except (TypeError, ValueError):
-            return None
-    if not all(map(math.isfinite, values)) or values[1] < 1:
-        return None
-    return values[0], values[1]

@@ -7,6 +7,7 @@ import numpy as np
 MAX_PIXELS = 2**25  # of one frame: 33 million, an 8K screen
 MAX_SIDE = 2**15 - 1  # the widest that every encoder takes
 MAX_BYTES = 2**31  # of one file
+MAX_INFLATED = 2**28  # of a file that is packed as a whole: 300 frames of 1024 x 768
 _ASSUMED_MS = 33.0  # clips without frame times are taken to run at 30 frames/s
 
 

@@ -128,4 +128,5 @@ def stem(name: str) -> str:
 
 def is_junk(name: str) -> bool:
     """Whether a file or folder is the operating system's, or hidden (a leading dot)."""
-    return name.startswith(".") or name.lower() in _SYSTEM
+    hidden = name.startswith(".") and name not in (".", "..")
+    return hidden or name.lower() in _SYSTEM

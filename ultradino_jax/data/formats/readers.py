@@ -3,7 +3,6 @@
 import os
 import re
 
-import cv2
 import numpy as np
 
 from ultradino_jax.data.formats.archives import KINDS as ARCHIVES
@@ -12,7 +11,6 @@ from ultradino_jax.data.formats.arrays import is_nifti, read_array
 from ultradino_jax.data.formats.depth import to_uint8
 from ultradino_jax.data.formats.frames import (
     MAX_BYTES,
-    MAX_PIXELS,
     Clip,
     choose_frames,
 )
@@ -82,7 +80,7 @@ def read_clip(
     any_modality: bool = False,
     path: str | os.PathLike | None = None,
 ) -> Clip:
-    """Chosen frames of one file held in memory (videos: `read_video`).
+    """Chosen frames of one file held in memory (videos: `video.read_video`).
 
     fps, max_frames: see `frames.choose_frames`. any_modality: take DICOM that is not
     ultrasound. path: where the file lies, None in an archive. Raises Unreadable;
@@ -141,35 +139,3 @@ def _content(path: str | os.PathLike) -> bytes:
     if len(data) > MAX_BYTES:
         raise Unreadable("too_large")
     return data
-
-
-def read_video(path: str | os.PathLike, fps: float, max_frames: int) -> Clip:
-    """Chosen frames of a video file that OpenCV can open. Raises Unreadable."""
-    capture = cv2.VideoCapture(os.fspath(path))
-    try:
-        if not capture.isOpened():
-            raise Unreadable("unreadable")
-        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        width = capture.get(cv2.CAP_PROP_FRAME_WIDTH)
-        if width * capture.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_PIXELS:
-            raise Unreadable("too_large")
-        if not 1 <= count < 10**7:
-            raise Unreadable("bad_frame_count")
-        milliseconds = 1000 / rate if 0 < rate < 1000 else None
-        chosen = choose_frames(count, milliseconds, fps, max_frames)
-        frames, wanted = [], set(chosen)
-        for position in range(chosen[-1] + 1):
-            # Containers overstate their length: keep what there is.
-            if not capture.grab():
-                break
-            if position in wanted:
-                good, pixels = capture.retrieve()
-                if not good:
-                    break
-                frames.append(np.ascontiguousarray(pixels[..., ::-1]))
-    finally:
-        capture.release()
-    if not frames:
-        raise Unreadable("unreadable")
-    return Clip(frames, chosen[: len(frames)], count)

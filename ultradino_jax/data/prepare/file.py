@@ -13,9 +13,11 @@ import numpy as np
 from ultradino_jax.data.cache import encode
 from ultradino_jax.data.formats import archives
 from ultradino_jax.data.formats.frames import MAX_BYTES, MAX_SIDE, Clip
-from ultradino_jax.data.formats.readers import HEAD, kind_of, read_clip, read_video
+from ultradino_jax.data.formats.listing import is_junk
+from ultradino_jax.data.formats.readers import HEAD, kind_of, read_clip
 from ultradino_jax.data.formats.stills import to_grey
 from ultradino_jax.data.formats.unreadable import Unreadable
+from ultradino_jax.data.formats.video import read_video
 from ultradino_jax.data.prepare.burned_text import count_text_lines
 from ultradino_jax.data.prepare.dedup import near_hash, pixel_sha256
 from ultradino_jax.data.prepare.region import (
@@ -106,6 +108,8 @@ def run_task(task: Task, settings: Settings, emit) -> None:
     """
     emit("beat", task.start)
     try:
+        if any(map(is_junk, task.name.split("/"))):
+            raise Unreadable("junk")
         kind, data = _open(task.path)
         if kind not in archives.KINDS:
             emit("member", _run_member(data, kind, task.path, task.name, -1, settings))
@@ -134,7 +138,9 @@ def _run_part(task: Task, kind: str, settings: Settings, emit) -> None:
             task.path, kind, task.start, task.stop, lambda m: emit("beat", m)
         ):
             name = f"{task.name}/{name}"
-            if isinstance(content, Unreadable):
+            if any(map(is_junk, name.replace("\\", "/").split("/"))):
+                result = MemberResult(member, "junk")
+            elif isinstance(content, Unreadable):
                 result = MemberResult(member, content.reason, content.detail)
             else:
                 inner = kind_of(content[:HEAD])
