@@ -182,9 +182,11 @@ def report_ignored(source, say: Callable[[str], object], file: str | Path) -> No
     Nothing is said or written where every file is read.
     """
     listing = source.listing if isinstance(source, FolderSource) else None
-    if listing and listing.ignored:
+    if not listing:
+        return
+    if listing.ignored:
         listing.write(file)
-        say(f"{listing}; listed in {file}")
+    say(f"{listing}; listed in {file}" if listing.ignored else str(listing))
 
 
 def _is_cache(manifest: Path) -> bool:

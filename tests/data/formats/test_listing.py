@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.prepare.inputs import dicom
 from ultradino_jax.data.formats.listing import is_junk, list_pictures, stem
 from ultradino_jax.data.sources import FolderSource, report_ignored
 
@@ -91,6 +92,22 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
     listing = list_pictures(tmp_path)
     assert listing.names == ["a.png"]
     assert listing.ignored == [("locked", "no_permission")]
+
+
+def test_frames_beyond_the_first_are_counted(tmp_path):
+    pages = [Image.fromarray(np.full((20, 24), k, np.uint8)) for k in range(4)]
+    for name in ("a.tif", "b.gif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    (tmp_path / "c.dcm").write_bytes(dicom(np.zeros((5, 20, 24), np.uint8)))
+    (tmp_path / "d.dcm").write_bytes(dicom(np.zeros((20, 24), np.uint8)))
+    (tmp_path / "e.tif").write_bytes(b"broken")
+    picture(tmp_path / "f.png")
+    source = FolderSource(tmp_path)
+    said = "6 of 6 files read; the first frame alone of 3, prepare reads 10 more"
+    assert str(source.listing) == said
+    lines = []
+    report_ignored(source, lines.append, tmp_path / "none.csv")
+    assert lines == [said] and not (tmp_path / "none.csv").exists()
 
 
 def test_a_folder_without_a_picture_says_what_is_in_it(tmp_path):

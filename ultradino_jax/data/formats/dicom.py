@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import zlib
 from collections.abc import Callable
 
@@ -63,6 +64,15 @@ def read_dicom(data: bytes, fps: float, max_frames: int, any_modality: bool) -> 
         patient=patient or study or None,
         study=study or None,
     )
+
+
+def declared_frames(path: str | os.PathLike) -> int:
+    """How many frames a file's tags say it has."""
+    tags = ["NumberOfFrames"]
+    dataset = pydicom.dcmread(
+        path, stop_before_pixels=True, force=True, specific_tags=tags
+    )
+    return max(whole(dataset, "NumberOfFrames") or 1, 1)
 
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")

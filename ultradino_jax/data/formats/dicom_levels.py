@@ -110,11 +110,19 @@ def _window(places: list[Dataset]) -> Window | None:
 
 def _by_table(values: np.ndarray, dataset: Dataset) -> np.ndarray:
     """By the first VOI table; its own largest entry says what range it has."""
-    table = items(dataset, "VOILUTSequence")[0]
-    largest = max(numbers(table, "LUTData") or [255.0])
+    largest = _largest(items(dataset, "VOILUTSequence")[0])
     span = 2.0 ** min(b for b in DEPTHS if largest < 2**b) - 1
     looked_up = apply_voi_lut(_indices(values), dataset, prefer_lut=True)
     return np.rint(np.clip(looked_up / span, 0, 1) * 255).astype(np.uint8)
+
+
+def _largest(table: Dataset) -> float:
+    data = table.get("LUTData")
+    if isinstance(data, bytes):  # of VR OW: words, or bytes where there are as many
+        entries = int(numbers(table, "LUTDescriptor")[0]) or 2**16
+        kind = "<u2" if len(data) >= 2 * entries else "u1"
+        return float(np.frombuffer(data, kind).max(initial=0))
+    return max(numbers(table, "LUTData") or [255.0])
 
 
 def coloured(frames: list[np.ndarray], dataset: Dataset) -> list[np.ndarray]:

@@ -95,7 +95,10 @@ def stored_frames(
     if half and layout.columns % 2:
         raise Unreadable("unsupported", "4:2:2 of an odd width")
     bits = pixels * (2 if half else layout.samples) * layout.allocated
-    count = len(data) * 8 // bits
+    # Files are of even length: a last byte that fills up is no frame of one pixel.
+    asked = -(-(declared or 0) * bits // 8)
+    count = declared if declared and len(data) == asked + asked % 2 else None
+    count = len(data) * 8 // bits if count is None else count
     if layout.samples == 3 and layout.allocated != 8:
         raise Unreadable("unsupported", "colour of more than 8 bits")
 

@@ -5,20 +5,22 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from ultradino_jax.data.formats.archives import KINDS as ARCHIVES
-from ultradino_jax.data.formats.readers import HEAD, kind_of
+from ultradino_jax.data.formats.readers import HEAD, count_frames, kind_of
 from ultradino_jax.data.formats.walk import walk
+from ultradino_jax.progress import Progress
 from ultradino_jax.whole import write_whole
 
 # Taken for pictures by name: millions of files need not be opened to be listed. What
 # such a file holds is found out when it is read.
-_STILLS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib")
-_PAGES = (".tif", ".tiff", ".gif", ".webp", ".pbm", ".pgm", ".ppm", ".pnm")
+_ONE_FRAME = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib")
+_PAGES = (".apng", ".tif", ".tiff", ".gif", ".webp", ".pbm", ".pgm", ".ppm", ".pnm")
 _MEDICAL = (".npy", ".mha", ".mhd", ".nii", ".nii.gz", ".dcm", ".dicom")
-SUFFIXES = frozenset((*_STILLS, *_PAGES, *_MEDICAL))
+SUFFIXES = frozenset((*_ONE_FRAME, *_PAGES, *_MEDICAL))
 _SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx")
 
 
@@ -26,11 +28,17 @@ class Listing(NamedTuple):
     """The files below a folder.
 
     names: of pictures, relative to it, with forward slashes, sorted. ignored: (name,
-    key of REASONS) of every other file, and of folders that are not entered.
+    key of REASONS) of every other file, and of folders that are not entered. more: how
+    many pictures have further frames, and how many frames these are.
     """
 
     names: list[str]
     ignored: list[tuple[str, str]]
+    more: tuple[int, int] = (0, 0)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything that is not read."""
+        return bool(self.ignored) or self.more[0] > 0
 
     def __str__(self) -> str:
         """'4 of 36 files read; 30 .webp unsupported, 2 junk'."""
@@ -41,6 +49,11 @@ class Listing(NamedTuple):
         if others := sum(n for _, n in order[_KINDS_SAID:]):
             said.append(f"{others} others")
         reasons = f"; {', '.join(said)}" if said else ""
+        files, frames = self.more
+        if files:
+            reasons += (
+                f"; the first frame alone of {files}, prepare reads {frames} more"
+            )
         return f"{len(self.names)} of {total} files read{reasons}"
 
     def write(self, path: str | Path) -> None:
@@ -53,7 +66,7 @@ class Listing(NamedTuple):
 
     def tell(self, place: object, say: Callable[[str], object]) -> None:
         """Say how many files are read when there are others."""
-        if self.ignored:
+        if self:
             say(f"{place}: {self}")
 
 
@@ -93,7 +106,21 @@ def list_pictures(folder: str | os.PathLike) -> Listing:
             names.append(entry.name)
     known_names = set(names)
     ignored = [x for x in ignored if not _is_detached(x[0], known_names)]
-    return Listing(sorted(names), ignored)
+    return Listing(sorted(names), ignored, _more_frames(folder, names))
+
+
+def _more_frames(folder: str | os.PathLike, names: list[str]) -> tuple[int, int]:
+    names = [name for name in names if suffix(name) not in _ONE_FRAME]
+    progress = Progress("counting frames", len(names), unit="files")
+    found = []
+    with ThreadPoolExecutor(8) as pool:
+        counts = pool.map(count_frames, (os.path.join(folder, n) for n in names))
+        for done, count in enumerate(counts, 1):
+            progress.update(done)
+            if count > 1:
+                found.append(count - 1)
+    progress.close()
+    return len(found), sum(found)
 
 
 def _sniff(path: str) -> str:

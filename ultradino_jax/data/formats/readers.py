@@ -14,7 +14,7 @@ from ultradino_jax.data.formats.frames import (
     Clip,
     choose_frames,
 )
-from ultradino_jax.data.formats.stills import read_pages, to_grey
+from ultradino_jax.data.formats.stills import count_pages, read_pages, to_grey
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 HEAD = 512  # bytes that `kind_of` needs
@@ -131,6 +131,25 @@ def read_picture(
     if channels == 3 and pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
     return pixels, count
+
+
+def count_frames(path: str | os.PathLike) -> int:
+    """How many frames a file says it has, found without decoding where there is a way.
+
+    1 for a file that cannot be read: who reads it will say why.
+    """
+    try:
+        with open(path, "rb") as file:
+            kind = kind_of(file.read(HEAD))
+        if kind == "dicom":
+            from ultradino_jax.data.formats.dicom import declared_frames
+
+            return declared_frames(path)
+        if kind in STILLS:
+            return count_pages(path)
+        return read_picture(path)[1]
+    except Exception:  # decoders raise what they like
+        return 1
 
 
 def _content(path: str | os.PathLike) -> bytes:

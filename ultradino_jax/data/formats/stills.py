@@ -8,6 +8,7 @@ is ignored: a pixel has the colour that is stored, however transparent it is.
 
 import io
 import logging
+import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,6 +96,12 @@ def _read(data: bytes, choose, grey: bool, stored: bool):
                 and image.tag_v2.get(262) == 0  # Pillow turns 1 and 8 bits by itself
             )
     return _finished(pages, white_is_zero, grey, stored), chosen, count
+
+
+def count_pages(path: str | os.PathLike) -> int:
+    """Pages of a still, from its header."""
+    with Image.open(path) as image:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def _finished(pages, white_is_zero, grey: bool, stored: bool) -> list[np.ndarray]:
