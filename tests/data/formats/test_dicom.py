@@ -1,6 +1,7 @@
 import importlib.util
 import io
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ from pydicom.filewriter import write_dataset
 from pydicom.pixels import pixel_array
 
 from tests.data.prepare.inputs import dicom
-from ultradino_jax.data.formats.dicom import read_dicom
+from ultradino_jax.data.formats.dicom import _frames, read_dicom
 from ultradino_jax.data.formats.frames import choose_frames
 from ultradino_jax.data.formats.readers import kind_of, looks_like_dicom
 from ultradino_jax.data.formats.unreadable import Unreadable
@@ -167,3 +168,46 @@ def test_patient_and_study_are_read_for_grouping():
     assert clip.study == "1.2.3" and clip.patient != other.patient
     assert read(dicom(GREY, StudyInstanceUID="1.2.3")).patient == "1.2.3"
     assert read(dicom(GREY)).patient is None
+
+
+# What pydicom's own files are refused for; all others are as pydicom reads them.
+REFUSED = {
+    "J2K_pixelrep_mismatch.dcm": "unsupported",  # its sign is not that of the tags
+    "JPEG-lossy.dcm": "missing_decoder",
+    "JPGExtended.dcm": "missing_decoder",
+    "JPEG2000-embedded-sequence-delimiter.dcm": "unsupported",
+    "MR_truncated.dcm": "unreadable",
+    "meta_missing_tsyntax.dcm": "unreadable",
+    "nested_priv_SQ.dcm": "unreadable",
+}
+
+
+def test_pydicom_s_own_files_are_as_pydicom_reads_them():
+    root = Path(pydicom.__file__).parent / "data" / "test_files"
+    equal, optional = 0, 0
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        try:
+            found = read(data, any_modality=True)
+        except Unreadable as error:
+            if error.reason == "missing_decoder" and path.name not in REFUSED:
+                optional += 1
+            elif error.reason != "no_pixels":
+                assert REFUSED.get(path.name) == error.reason, path.name
+            continue
+        assert path.name not in REFUSED
+        if path.name == "badVR.dcm":  # its number of frames is no number
+            continue
+        dataset = pydicom.dcmread(path, force=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            want = pixel_array(dataset)
+        count, frame = _frames(dataset)
+        colour = frame(0).ndim == 3
+        want = want if want.ndim == (4 if colour else 3) else want[None]
+        assert len(want) == count == found.count, path.name
+        for k, pixels in enumerate(want):
+            assert np.array_equal(frame(k), pixels), path.name
+        equal += 1
+    if importlib.util.find_spec("gdcm") and importlib.util.find_spec("openjpeg"):
+        assert (equal, optional) == (87, 0)

@@ -3,10 +3,12 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,13 @@ from PIL import Image, ImageOps
 
 from ultradino_jax.data.formats.depth import to_uint8
 from ultradino_jax.data.formats.labels import read_labels
-from ultradino_jax.data.formats.readers import HEAD, kind_of, read_clip, read_picture
+from ultradino_jax.data.formats.readers import (
+    HEAD,
+    STILLS,
+    kind_of,
+    read_clip,
+    read_picture,
+)
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 RNG = np.random.default_rng(0)
@@ -323,3 +331,23 @@ def test_what_is_written_is_read(case):
         got = got[:, :, 0]
     assert got.shape == right.shape
     assert abs(got.astype(int) - right).mean() <= tolerance
+
+
+def test_skimage_s_pictures_are_as_pillow_reads_them():
+    folder = Path(skimage.data.__file__).parent
+    seen = 0
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        kind = kind_of(path.read_bytes()[:HEAD])
+        if kind not in STILLS:
+            continue
+        got = read_picture(path)[0]
+        if path.name == "multipage_rgb.tif":  # float64 in planes: Pillow has no mode
+            planes = tifffile.imread(path, key=0)
+            want = to_uint8([np.moveaxis(planes, 0, -1)])[0]
+        else:
+            with Image.open(path) as image:
+                grey = image.mode in ("L", "1", "LA")
+                want = np.asarray(image.convert("L" if grey else "RGB"))
+        assert np.array_equal(got, want), path.name
+        seen += 1
+    assert seen >= 10

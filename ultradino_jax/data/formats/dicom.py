@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ ULTRASOUND = ("US", "IVUS", "OT", "")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 # pydicom would warn of values that it finds odd, and quote them.
+warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
 config.settings.reading_validation_mode = config.IGNORE
 logging.getLogger("pydicom").addHandler(logging.NullHandler())
 

@@ -82,7 +82,7 @@ def stored_frames(
 ) -> tuple[int, Callable[[int], np.ndarray]]:
     """(how many frames there are, index -> that frame), of uncompressed integers.
 
-    Frames are [H,W] of the stored numbers, or uint8 [H,W,3] RGB. declared: how many the
+    Frames are [H,W] or RGB [H,W,3] of the stored numbers. declared: how many the
     tags say there are. order: '<' or '>'; swapped: bytes stand in words of the other
     order. Raises Unreadable.
     """
@@ -99,8 +99,8 @@ def stored_frames(
     asked = -(-(declared or 0) * bits // 8)
     count = declared if declared and len(data) == asked + asked % 2 else None
     count = len(data) * 8 // bits if count is None else count
-    if layout.samples == 3 and layout.allocated != 8:
-        raise Unreadable("unsupported", "colour of more than 8 bits")
+    if layout.samples == 3 and layout.allocated != 8 and layout.colour != "RGB":
+        raise Unreadable("unsupported", "YCbCr of more than 8 bits")
 
     def frame(index: int) -> np.ndarray:
         if layout.allocated == 1:
@@ -121,7 +121,7 @@ def stored_frames(
             array = flat.reshape(3, layout.rows, layout.columns).transpose(1, 2, 0)
         else:
             array = flat.reshape(layout.rows, layout.columns, 3)
-        return array.copy() if layout.colour == "RGB" else _rgb(array)
+        return _numbers(array, layout) if layout.colour == "RGB" else _rgb(array)
 
     return count, frame
 
@@ -157,6 +157,8 @@ def _spread(half: np.ndarray) -> np.ndarray:
 
 
 def _rgb(ycbcr: np.ndarray) -> np.ndarray:
+    if ycbcr.dtype != np.uint8:
+        raise Unreadable("unsupported", "YCbCr of more than 8 bits")
     return convert_color_space(np.ascontiguousarray(ycbcr), "YBR_FULL", "RGB")
 
 
@@ -200,7 +202,7 @@ def check_decoder(syntax: str) -> None:
 
 
 def decode_frame(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
-    """One compressed frame -> [H,W] of the stored numbers, or uint8 [H,W,3] RGB.
+    """One compressed frame -> [H,W] or RGB [H,W,3] of the stored numbers.
 
     Raises Unreadable, and what decoders raise for a damaged stream.
     """
@@ -319,8 +321,6 @@ def _jpeg_2000(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
     if samples == 1:
         _check_colour(layout)
         return _decoded(stream, layout, syntax, precision, layout.colour)
-    if precision != 8:
-        raise Unreadable("unsupported", "colour of more than 8 bits")
     transformed = _is_transformed(stream, start)
     good = {True: ("RGB", "YBR_RCT", "YBR_ICT"), False: ("RGB", "YBR_FULL")}
     if layout.colour not in good[transformed]:
@@ -364,10 +364,6 @@ def _decoded(
         pixel_keyword="PixelData",
         allow_excess_frames=False,
     )
-    if layout.samples == 3 and pixels.dtype != np.uint8:
-        raise Unreadable("unsupported", "colour of more than 8 bits")
-    if syntax == _RLE and layout.samples == 1:
+    if syntax == _RLE and (layout.samples == 1 or colour == "RGB"):
         return _numbers(pixels.view(f"u{pixels.itemsize}"), layout)
-    if syntax == _RLE and colour != "RGB":
-        return _rgb(pixels)
-    return pixels
+    return _rgb(pixels) if syntax == _RLE else pixels
