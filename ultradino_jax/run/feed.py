@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing.resource_tracker
 import signal
 
 import jax
+from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.run.bad_steps import BadRecords
@@ -111,5 +113,18 @@ class Feed:
         self._open(step)
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers and give back the memory that is shared with them."""
         self.stream.close()
+        del self.stream  # with what it has read ahead
+        free_shared_memory()
+
+
+def free_shared_memory() -> None:
+    """Free what nothing refers to any more: at exit it would be reported as leaked.
+
+    JAX lets go of host arrays at its next call or collection, and there may be none;
+    Grain frees them in a thread that the end of the program does not wait for.
+    """
+    gc.collect()
+    if thread := SharedMemoryArray._del_thread_pool:
+        thread.apply(int)  # one thread: when this is done, so is all before

@@ -81,6 +81,7 @@ class Loop:
         train_step = executable(train_step, (state, batch), self.say)
         if start == 0:
             self.show_first_batch(arrays)
+        del arrays
         pending = None
         for step in range(start, total):
             state, metrics = train_step(state, batch)
@@ -93,7 +94,7 @@ class Loop:
             pending, done = (step, metrics, index), step + 1
             if done < total:
                 with contextlib.suppress(Interrupted):
-                    batch, index, _ = self.feed(done, self.signals)
+                    batch, index = self.feed(done, self.signals)[:2]
             stop = stop_agreed(self.signals, done, settings.log_every)
             look = self.doctor.due(done)
             save = done % settings.checkpoint_every == 0 or done == total or stop
@@ -101,6 +102,7 @@ class Loop:
                 self.settle(*pending)  # only a state with finite numbers is kept
                 pending = None
                 if stop and done < total:
+                    del batch, index  # memory shared with a worker that ends now
                     self.pause(done, state)
                 self.look_and_save(done, state, look, save)
         self.checkpoints.wait()

@@ -103,7 +103,7 @@ def test_frames_beyond_the_first_are_counted(tmp_path):
     (tmp_path / "e.tif").write_bytes(b"broken")
     picture(tmp_path / "f.png")
     source = FolderSource(tmp_path)
-    said = "6 of 6 files read; the first frame alone of 3, prepare reads 10 more"
+    said = "6 of 6 files read; the first frame or page of 3, prepare reads 10 more"
     assert str(source.listing) == said
     lines = []
     report_ignored(source, lines.append, tmp_path / "none.csv")

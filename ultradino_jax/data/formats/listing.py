@@ -52,7 +52,7 @@ class Listing(NamedTuple):
         files, frames = self.more
         if files:
             reasons += (
-                f"; the first frame alone of {files}, prepare reads {frames} more"
+                f"; the first frame or page of {files}, prepare reads {frames} more"
             )
         return f"{len(self.names)} of {total} files read{reasons}"
 
