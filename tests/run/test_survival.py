@@ -99,6 +99,7 @@ def test_sigterm_two_processes_and_a_dead_worker(flags, config, whole, tmp_path)
     assert second.returncode == 0, output
     assert f"resumed from the checkpoint at step {saved}" in output
     assert "a data worker died at step" in output
+    assert "shared_memory" not in output  # nothing is left of what was shared
     assert (workdir / "metrics.jsonl").read_bytes() == whole
 
 

@@ -96,9 +96,14 @@ def stored_frames(
         raise Unreadable("unsupported", "4:2:2 of an odd width")
     bits = pixels * (2 if half else layout.samples) * layout.allocated
     # Files are of even length: a last byte that fills up is no frame of one pixel.
-    asked = -(-(declared or 0) * bits // 8)
-    count = declared if declared and len(data) == asked + asked % 2 else None
-    count = len(data) * 8 // bits if count is None else count
+    asked = -(-(declared or 1) * bits // 8)
+    count = len(data) * 8 // bits
+    rest = data[-(-count * bits // 8) :]
+    if declared and len(data) == asked + asked % 2:
+        count = declared
+    elif count and len(data) > asked and len(rest) > 1 and any(rest):
+        # Cut to a wrong size a picture is a scramble, and its text would survive.
+        raise Unreadable("unsupported", "length does not fit rows and columns")
     if layout.samples == 3 and layout.allocated != 8 and layout.colour != "RGB":
         raise Unreadable("unsupported", "YCbCr of more than 8 bits")
 
