@@ -1,6 +1,7 @@
 """Damages files of every kind at random and sends them through prepare."""
 
 import collections
+import gzip
 import io
 import tarfile
 import tempfile
@@ -9,7 +10,10 @@ import zlib
 from pathlib import Path
 
 import cv2
+import nibabel
 import numpy as np
+import tifffile
+from PIL import Image
 from pydicom.data import get_testdata_file
 
 from ultradino_jax.data.cache import INDEX
@@ -38,6 +42,19 @@ def originals() -> list[bytes]:
     files = []
     for extension in (".png", ".jpg", ".tiff", ".bmp", ".webp"):
         files.append(cv2.imencode(extension, stack[0])[1].tobytes())
+    for form in ("GIF", "JPEG2000", "PPM", "TIFF"):
+        pages = [Image.fromarray(page) for page in stack]
+        many = form in ("GIF", "TIFF")
+        more = {"save_all": True, "append_images": pages[1:]} if many else {}
+        file = io.BytesIO()
+        pages[0].save(file, form, **more)
+        files.append(file.getvalue())
+    for pixels in (stack[0].astype(np.float16), stack[0].astype(np.uint16) << 4):
+        file = io.BytesIO()
+        tifffile.imwrite(file, pixels, bigtiff=True, compression="zlib")
+        files.append(file.getvalue())
+    image = nibabel.Nifti1Image(stack.T, np.eye(4))
+    files += [image.to_bytes(), gzip.compress(image.to_bytes())]
     for name in _DICOM:
         files.append(Path(get_testdata_file(name, download=False)).read_bytes())
     for array, allowed in ((stack, False), (np.array({"image": stack[0]}), True)):

@@ -172,7 +172,7 @@ def _numbers(array: np.ndarray, layout: Layout) -> np.ndarray:
     bits = layout.stored
     if bits == layout.allocated:
         native = array.dtype.newbyteorder("=")
-        array = array.astype(native)
+        array = array.astype(native, copy=False)
         return array.view(native.str.replace("u", "i")) if layout.signed else array
     wide = array.astype(np.int64) >> max(layout.high_bit + 1 - bits, 0)
     wide &= 2**bits - 1

@@ -154,7 +154,7 @@ def count_frames(path: str | os.PathLike) -> int:
 
 def _content(path: str | os.PathLike) -> bytes:
     with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise Unreadable("too_large")
-    return data
+        # By size: read(n) takes memory for all n bytes first.
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise Unreadable("too_large")
+        return file.read()

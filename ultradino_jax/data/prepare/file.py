@@ -171,7 +171,7 @@ def _open(path: str) -> tuple[str, bytes]:
                 return kind, b""
             if status.st_size > MAX_BYTES:
                 raise Unreadable("too_large")
-            return kind, head + file.read(MAX_BYTES)
+            return kind, head + file.read()
     except PermissionError:
         raise Unreadable("no_permission") from None
     except OSError as error:
