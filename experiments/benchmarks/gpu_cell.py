@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -180,7 +181,9 @@ def measure_plan(spec: dict, options: dict, plan: Plan, mesh, stream) -> dict:
         step = lowered.compile()
         marks.append(time.perf_counter())
     names = ("init_seconds", "trace_seconds", "compile_seconds")
-    row = dict(zip(names, np.diff(marks).round(2).tolist(), strict=True))
+    row: dict[str, Any] = dict(
+        zip(names, np.diff(marks).round(2).tolist(), strict=True)
+    )
     row["predicted_gb"] = memory_gb(step)
     with alone(lock):
         if stream:

@@ -49,7 +49,7 @@ def relative(value, reference) -> float:
 
 def golden_row(g, modules, precision: str | None) -> dict:
     """Two steps against the reference's: relative differences."""
-    row = {}
+    row, found = {}, {}
     with jax.default_matmul_precision(precision):
         step, state = golden_step.reference_setup(g, below, "centering", modules)
         for i in range(golden_step.num_steps(g)):
@@ -78,7 +78,7 @@ def golden(spec: dict) -> dict:
     del spec
     g = dict(GOLDEN)
     half = {"dtype": jnp.bfloat16}
-    cases = {"float32, highest precision": ({}, "highest")}
+    cases: dict[str, tuple] = {"float32, highest precision": ({}, "highest")}
     for name in VARIANTS:
         cases[f"bfloat16, {name}"] = ({**half, "attention": name}, None)
     rows = {}
@@ -165,7 +165,7 @@ def attention_time(function, layout: Layout, heads: int) -> dict:
     both = forward_and_backward(function, layout, heads)
     rows = jax.device_put(random_rows(layout, heads))
     jax.block_until_ready(both(*rows))
-    start, repeats = time.perf_counter(), 20
+    start, repeats, result = time.perf_counter(), 20, None
     for _ in range(repeats):
         result = both(*rows)
     jax.block_until_ready(result)

@@ -34,7 +34,7 @@ def losses_of(metrics) -> dict:
 
 def timed(step, state, batch) -> tuple[dict, object]:
     """(figures, the last state): steps waited for one by one, then without waiting."""
-    start, seconds = time.perf_counter(), []
+    start, seconds, metrics = time.perf_counter(), [], {}
     for i in range(WARMUP + MOST):
         before = time.perf_counter()
         state, metrics = step(state, batch)

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jaxlib
 
 
 def about_device() -> dict:
@@ -18,7 +18,7 @@ def about_device() -> dict:
         "device": device.device_kind,
         "platform": getattr(device.client, "platform_version", "").replace("\n", " "),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 

@@ -1,5 +1,7 @@
 """Self-attention on packed rows, by whichever kernel suits the device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -98,7 +100,7 @@ def _problem(implementation: str) -> str | None:
     layout = Layout(1, ((1, 9),))
 
     def loss(qkv):
-        y = packed_attention(qkv, layout, 1, implementation, None)
+        y: Any = packed_attention(qkv, layout, 1, implementation, None)
         return y.astype(jnp.float32).sum()
 
     qkv = jax.ShapeDtypeStruct((1, layout.rows, 3 * 64), jnp.bfloat16)

@@ -140,7 +140,9 @@ class Block(nn.Module):
             subset = random_subset(keys, layout, self.drop_path)
             update = branch(subset.of(x), subset.layout)
             return x + subset.back(update.astype(x.dtype))
-        kept = [np.zeros((layout.groups, layout.rows - layout.used, 1), np.float32)]
+        kept: list[Any] = [
+            np.zeros((layout.groups, layout.rows - layout.used, 1), np.float32)
+        ]
         for k, (r, t) in zip(reversed(keys), reversed(layout.views), strict=True):
             shape = (layout.groups * r, 1, 1)
             scale = jax.random.bernoulli(k, 1 - rate, shape) / (1 - rate)

@@ -64,7 +64,7 @@ class Prototypes(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def prototype_logits(features, kernel, dtype):
+def prototype_logits(features, kernel, dtype) -> Any:
     """Unit features [..,E] times a head's kernel [E,K] -> logits [..,K], float32.
 
     Both operands are cast to `dtype`, in the backward pass the gradient of the logits

@@ -181,7 +181,7 @@ class USFM(nn.Module):
         cls_token = self.param("cls_token", trunc_normal, (1, 1, d))
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (b, 1, d)), x], axis=1)
         side = self.image_size // self.patch_size
-        layout = layout_of([x.shape[:2]], groups)
+        layout = layout_of([(b, x.shape[1])], groups)
         blocks = nn.scan(
             RelativeBlock,
             variable_axes={"params": 0, "intermediates": 0},

@@ -188,8 +188,8 @@ class ViT(nn.Module):
         final_norm = LayerNorm(jnp.float32, name="norm")
 
         def norm(x):
-            x, (scale, bias) = final_norm(x)
-            return x * scale + bias
+            normalised, (scale, bias) = final_norm(x)
+            return jnp.asarray(normalised) * scale + bias
 
         if layers is not None:
             taps = unpack_last(taps[np.asarray(layers)], layout)

@@ -136,7 +136,7 @@ def dino_chunk(kernel, rows: DinoRows, features, constants: Constants, *, dtype)
     views_first = functools.partial(rearrange, pattern="c v k -> 1 v c k")
     log_probs = teacher.log_probs(features, dtype)
     probs = jnp.exp(log_probs)
-    global_logits = prototype_logits(rows.global_crops, kernel, dtype)
+    global_logits: Any = prototype_logits(rows.global_crops, kernel, dtype)
     local_logits = None
     if rows.local_crops.shape[1]:
         local_logits = views_first(prototype_logits(rows.local_crops, kernel, dtype))
@@ -160,7 +160,7 @@ def ibot_chunk(kernel, rows, targets: IbotTargets, constants: Constants, *, dtyp
     """iBOT loss of c masked patches of a group; rows: the student's features [c,E]."""
     teacher, weight, temp, num_crops = constants
     probs = jnp.exp(teacher.log_probs(targets.features, dtype))
-    logits = prototype_logits(rows, kernel, dtype)
+    logits: Any = prototype_logits(rows, kernel, dtype)
     ibot = weight * losses.ibot_loss(
         probs[None], logits[None], targets.weights[None], num_crops, student_temp=temp
     )

@@ -102,7 +102,7 @@ class Loop:
                 self.settle(*pending)  # only a state with finite numbers is kept
                 pending = None
                 if stop and done < total:
-                    del batch, index  # memory shared with a worker that ends now
+                    batch, index = None, index[:0].copy()  # the worker's memory
                     self.pause(done, state)
                 self.look_and_save(done, state, look, save)
         self.checkpoints.wait()

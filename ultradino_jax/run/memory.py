@@ -57,6 +57,7 @@ def step_bytes(
         if count
     ]
     rows = groups * layout_of(views, groups).rows
+    assert isinstance(model.drop_path, float | int)  # as the recipes have it
     kept = rows * (1 - model.drop_path)
     width = jax.numpy.dtype(model.dtype).itemsize
     unrolled = unroll >= depth

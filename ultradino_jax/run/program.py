@@ -93,7 +93,10 @@ def keep_programs(wanted: str) -> None:
     JAX_COMPILATION_CACHE_DIR, where set, goes before 'auto'.
     """
     if wanted == "auto":
-        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+        if (
+            jax.config.values["jax_compilation_cache_dir"]
+            or jax.default_backend() == "cpu"
+        ):
             return
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         wanted = str(Path(caches) / "ultradino_jax" / "programs")

@@ -134,7 +134,7 @@ def describe(plan: Plan, mesh, say) -> None:
     )
     for note in plan.notes:
         say(note)
-    if folder := jax.config.jax_compilation_cache_dir:
+    if folder := jax.config.values["jax_compilation_cache_dir"]:
         say(f"compiled programs are kept in {folder}")
     sizes = ", ".join(
         f"{name} {sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ultradino_jax.data.datasets.mask_folders import load_mask_folders
-from ultradino_jax.data.datasets.masks import (
+from ultradino_jax.data.datasets.mask_files import (
     encode_png,
     read_mha,
     remap,
 )
+from ultradino_jax.data.datasets.masks import load_mask_folders
 from ultradino_jax.data.datasets.segmented import make_splits
 from ultradino_jax.data.formats.labels import read_labels
 from ultradino_jax.data.phantom.layouts import write_mha

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage.measure import label as components
 
 from ultradino_jax.data.datasets import fass, jnu_ifm, psfhs
-from ultradino_jax.data.datasets.masks import paint
+from ultradino_jax.data.datasets.mask_files import paint
 from ultradino_jax.data.phantom.layouts import (
     FASS_FOLDER,
     write_fass,

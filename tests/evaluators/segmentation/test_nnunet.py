@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from configs import fass
-from ultradino_jax.data.datasets.mask_folders import load_mask_folders
+from ultradino_jax.data.datasets.masks import load_mask_folders
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation import nnunet
 from ultradino_jax.evaluators.segmentation.evaluate import read_pairs

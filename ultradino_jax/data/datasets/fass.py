@@ -9,7 +9,7 @@ import re
 from pathlib import PurePosixPath
 
 from ultradino_jax.data.datasets.archive import decode_grey
-from ultradino_jax.data.datasets.masks import (
+from ultradino_jax.data.datasets.mask_files import (
     check_partners,
     encode_png,
     find_folder,

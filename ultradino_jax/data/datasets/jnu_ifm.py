@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from ultradino_jax.data.datasets.masks import (
+from ultradino_jax.data.datasets.mask_files import (
     encode_png,
     find_folder,
     remap,

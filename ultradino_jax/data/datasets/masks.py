@@ -1,146 +1,134 @@
-"""Files of segmentation sets: index masks, painted structures."""
+"""Any images with index masks: folders of files of equal base names."""
 
-import io
-import itertools
+import hashlib
 import os
-import zipfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from ultradino_jax.data.datasets.archive import (
-    ARCHIVES,
-    Files,
-    open_files,
-    open_zip,
+from ultradino_jax.data.datasets.archive import decode_grey
+from ultradino_jax.data.datasets.labelled import SPLITS
+from ultradino_jax.data.datasets.mask_files import check_partners
+from ultradino_jax.data.datasets.segmented import SegmentedImages, segmented_images
+from ultradino_jax.data.formats.labels import read_labels
+from ultradino_jax.data.formats.listing import (
+    SUFFIXES,
+    is_junk,
+    list_pictures,
+    stem,
+    suffix,
 )
-from ultradino_jax.data.datasets.segmented import (
-    values_in,
-)
-from ultradino_jax.data.formats.metaimage import read_metaimage
-from ultradino_jax.data.formats.unreadable import Unreadable
+from ultradino_jax.data.formats.tables import read_table
 from ultradino_jax.errors import UserError
+from ultradino_jax.progress import warn
+
+MASK_FOLDERS = ("annotations", "masks", "mask", "labels")
 
 
-def find_folder(path: str | os.PathLike, folder: str) -> tuple[Files, str]:
-    """Files and the name in them of the first folder called `folder`.
+def load_mask_folders(
+    path: str | os.PathLike, *, classes: Sequence[str]
+) -> SegmentedImages:
+    """Any set of images and index masks of equal base names.
 
-    It is looked for in `path` (folder or archive), in the archives in it and in the
-    zips inside a zip: one of the downloads comes that way.
-    Raises FileNotFoundError saying where was looked.
+    PATH/images and PATH/masks (or annotations, mask, labels), or the same below
+    PATH/train[/..], PATH/val and PATH/test; folders inside them belong to the name. A
+    mask may be called NAME_mask. With PATH/patients.csv (columns id, patient) images
+    are grouped; otherwise each is its own patient. Ids are names without suffix; where
+    one occurs in two splits, they begin with the split. classes: names in index order,
+    background first.
+    Raises FileNotFoundError or UserError naming what is missing or there twice.
     """
-    path = Path(path)
-    places = [open_files(path)]
-    if path.is_dir():
-        places += [
-            open_files(p) for p in sorted(path.iterdir()) if p.name.endswith(ARCHIVES)
-        ]
-    for files in itertools.chain(places, _inner_zips(places)):
-        found = {
-            str(parent)
-            for name in files.names
-            for parent in PurePosixPath(name).parents
-            if parent.name == folder
-        }
-        if found:
-            return files, min(found, key=lambda n: (n.count("/"), n))
-    raise FileNotFoundError(
-        f"no folder {folder!r} in {str(path)!r}, below it or in an archive there"
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder {str(root)!r} does not exist")
+    if len(classes) < 2:
+        raise UserError(f"{str(root)!r}: name the classes, background first")
+    rows, files = [], []
+    for folder in _image_folders(root):
+        first = folder.relative_to(root).parts[0]
+        split = first if first in SPLITS else "train"
+        for name, image, mask in _pairs(folder, _mask_folder(folder)):
+            rows.append({"id": name, "patient": name, "split": split})
+            files.append((image, mask))
+    if len({row["id"] for row in rows}) < len(rows):
+        for row in rows:
+            row["patient"] = row["id"] = f"{row['split']}/{row['id']}"
+    _group(rows, root / "patients.csv")
+    names = "\n".join(f"{r['split']}/{r['id']}/{r['patient']}" for r in rows)
+    return segmented_images(
+        root.resolve().name,
+        hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        classes,
+        rows,
+        lambda i: decode_grey(files[i][0]),
+        lambda i: read_labels(files[i][1]),
     )
 
 
-def _inner_zips(places: Sequence[Files]):
-    """Zips inside the places, each held in memory while it is read."""
-    for files in places:
-        for name in files.names:
-            if name.lower().endswith(".zip"):
-                yield open_zip(zipfile.ZipFile(io.BytesIO(files.read(name))))
+def _image_folders(root: Path) -> list[Path]:
+    """Every folder 'images' below, sorted; what lies in one belongs to it."""
+    found = []
+
+    def fail(error):
+        raise error  # a folder that cannot be listed is not left out in silence
+
+    for parent, folders, _ in os.walk(root, onerror=fail):
+        if "images" in folders:
+            found.append(Path(parent) / "images")
+        folders[:] = [f for f in folders if f != "images" and not is_junk(f)]
+    if not found:
+        raise FileNotFoundError(f"no folder 'images' in {str(root)!r} or below")
+    return sorted(found)
 
 
-def stems_in(files: Files, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
-    """{name without suffix: file name} of the files directly in a folder."""
-    return {
-        PurePosixPath(name).stem: name
-        for name in files.names
-        if str(PurePosixPath(name).parent) == folder
-        and PurePosixPath(name).suffix.lower() in suffixes
-    }
+def _mask_folder(images: Path) -> Path:
+    for name in MASK_FOLDERS:
+        if (images.parent / name).is_dir():
+            return images.parent / name
+    raise FileNotFoundError(
+        f"no folder of masks ({', '.join(MASK_FOLDERS)}) beside {str(images)!r}"
+    )
 
 
-def check_partners(images: Mapping, masks: Mapping, where: str) -> None:
-    """Raises UserError naming the first image without mask or mask without image."""
-    for have, lack, text in (
-        (images, masks, "image {!r} has no mask"),
-        (masks, images, "mask {!r} has no image"),
-    ):
-        alone = sorted(set(have) - set(lack))
-        if alone:
+def _pairs(images: Path, masks: Path) -> list[tuple[str, Path, Path]]:
+    """(name, image, its mask) of two folders, sorted by name."""
+    by_name = _by_stem(images, lambda name: name)
+    partners = _by_stem(
+        masks, lambda name: name if name in by_name else name.removesuffix("_mask")
+    )
+    check_partners(by_name, partners, str(images.parent))
+    return [(name, path, partners[name]) for name, path in sorted(by_name.items())]
+
+
+def _by_stem(folder: Path, called) -> dict[str, Path]:
+    """{called(name without suffix): file}. Raises UserError for two of one name."""
+    listing = list_pictures(folder)
+    listing.tell(folder, warn)
+    found: dict[str, Path] = {}
+    for name in listing.names:
+        key = called(stem(name))
+        if key in found:
             raise UserError(
-                f"{where}: {text.format(alone[0])} ({len(alone)} of {len(have)})"
+                f"{folder}: {found[key].name!r} and {name!r} have one name, and there "
+                "can be one mask for each name: rename or remove one"
             )
+        found[key] = folder / name
+    return found
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H,W] -> PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
+def _group(rows: list[dict[str, str]], table: Path) -> None:
+    """Put in the patients of a table, if there is one."""
+    if not table.is_file():
+        return
+    content = read_table(table.read_bytes(), ["id", "patient"], str(table))
+    patients = {_bare(row["id"]): row["patient"] for row in content}
+    for row in rows:
+        plain = row["id"].removeprefix(f"{row['split']}/")
+        patient = patients.get(row["id"]) or patients.get(plain)
+        if patient is None:
+            raise UserError(f"{table}: no patient of image {row['id']!r}")
+        row["patient"] = patient
 
 
-def remap(mask: np.ndarray, values: Mapping[int, int], where: str) -> np.ndarray:
-    """Stored values -> class indices. Raises UserError for a value without one."""
-    table = np.full(256, 255, np.uint8)
-    table[list(values)] = list(values.values())
-    unknown = np.setdiff1d(values_in(mask), list(values))
-    if len(unknown):
-        raise UserError(
-            f"{where}: unknown mask value {unknown[0]}; known are "
-            f"{', '.join(map(str, values))}"
-        )
-    return table[mask]
-
-
-def paint(
-    structures: Mapping[str, np.ndarray],
-    painted: Mapping[str, int],
-    shape: tuple[int, int],
-    where: str,
-) -> np.ndarray:
-    """Binary masks -> one index mask; where they overlap, the later of `painted` wins.
-
-    painted: {structure: class index} in painting order; one that is not there has no
-    pixel. Raises UserError for an unknown structure, another size or value.
-    """
-    unknown = sorted(set(structures) - set(painted))
-    if unknown:
-        raise UserError(f"{where}: unknown structure {unknown[0]!r}")
-    mask = np.zeros(shape, np.uint8)
-    for name, index in painted.items():
-        if name not in structures:
-            continue
-        binary = np.asarray(structures[name])
-        if binary.shape != shape:
-            raise UserError(
-                f"{where}: structure {name!r} is {list(binary.shape)}, the image "
-                f"{list(shape)}"
-            )
-        if not np.isin(binary, (0, 1)).all():
-            raise UserError(f"{where}: structure {name!r} has values beyond 0 and 1")
-        mask[binary == 1] = index
-    return mask
-
-
-def read_mha(data: bytes, where: str) -> np.ndarray:
-    """MetaImage of bytes -> uint8 array, axes in the order of the last DimSize first.
-
-    Raises UserError naming the file.
-    """
-    try:
-        pixels = read_metaimage(data)
-    except Unreadable as error:
-        raise UserError(f"{where}: MetaImage {error}") from None
-    if pixels.dtype != np.uint8:
-        raise UserError(f"{where}: MetaImage of {pixels.dtype}, not of bytes")
-    return pixels
+def _bare(name: str) -> str:
+    """A file's name as an id; a name without a picture's suffix is one already."""
+    return stem(name) if suffix(name) in SUFFIXES else name

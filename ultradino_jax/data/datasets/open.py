@@ -10,7 +10,7 @@ from ultradino_jax.data.datasets import (
     fass,
     fetal_planes,
     jnu_ifm,
-    mask_folders,
+    masks,
     psfhs,
     table,
 )
@@ -28,7 +28,7 @@ SEGMENTED = {
     "fass": fass.load,
     "jnu_ifm": jnu_ifm.load,
     "psfhs": psfhs.load,
-    "folder": mask_folders.load_mask_folders,
+    "folder": masks.load_mask_folders,
 }
 Images = TypeVar("Images")
 

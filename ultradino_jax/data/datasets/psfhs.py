@@ -9,7 +9,7 @@ import functools
 from pathlib import PurePosixPath
 
 from ultradino_jax.data.datasets.jnu_ifm import CLASSES
-from ultradino_jax.data.datasets.masks import (
+from ultradino_jax.data.datasets.mask_files import (
     check_partners,
     encode_png,
     find_folder,

@@ -2,8 +2,8 @@
 
 import gzip
 import io
+import os
 import zlib
-from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -16,7 +16,9 @@ from ultradino_jax.data.formats.unreadable import Unreadable
 KINDS = ("npy", "mha", "nifti")
 
 
-def read_array(data: bytes, kind: str, path: str | Path | None = None) -> np.ndarray:
+def read_array(
+    data: bytes, kind: str, path: str | os.PathLike | None = None
+) -> np.ndarray:
     """A file's frames -> [N,H,W] or [N,H,W,3] of its own number type.
 
     path: where the file lies, for a header whose pixels are in a file beside it.

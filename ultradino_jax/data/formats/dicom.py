@@ -1,5 +1,6 @@
 """DICOM files to 8-bit frames: photometric interpretation, palette and window, once."""
 
+import functools
 import io
 import logging
 import math
@@ -150,12 +151,15 @@ def _frames(dataset: Dataset) -> tuple[int, Callable[[int], np.ndarray]]:
         streams = encoded_frames(dataset.PixelData, syntax)
         count = len(streams)
 
-        def frame(index: int) -> np.ndarray:
-            return decode_frame(streams[index], layout, syntax)
+        frame = functools.partial(_decoded, streams, layout, syntax)
 
     if count < 1:
         raise Unreadable("unreadable", "no whole frame")
     return count, frame
+
+
+def _decoded(streams, layout: Layout, syntax: str, index: int) -> np.ndarray:
+    return decode_frame(streams[index], layout, syntax)
 
 
 def _floats(dataset: Dataset, layout: Layout, order: str):

@@ -30,6 +30,7 @@ import io
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -353,22 +354,22 @@ def _decoded(
     stream: bytes, layout: Layout, syntax: str, precision: int, colour: str
 ) -> np.ndarray:
     """By whichever of pydicom's plugins is here; no conversion of colour."""
-    pixels, _ = get_decoder(syntax).as_array(
-        encapsulate([stream + b"\0" * (len(stream) % 2)], has_bot=False),
-        index=0,
-        raw=True,
-        rows=layout.rows,
-        columns=layout.columns,
-        number_of_frames=1,
-        samples_per_pixel=layout.samples,
-        photometric_interpretation=colour or "MONOCHROME2",
-        bits_allocated=layout.allocated,
-        bits_stored=min(precision, layout.allocated),
-        pixel_representation=int(layout.signed),
-        planar_configuration=0,
-        pixel_keyword="PixelData",
-        allow_excess_frames=False,
-    )
+    options: dict[str, Any] = {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": layout.samples,
+        "photometric_interpretation": colour or "MONOCHROME2",
+        "bits_allocated": layout.allocated,
+        "bits_stored": min(precision, layout.allocated),
+        "pixel_representation": int(layout.signed),
+        "planar_configuration": 0,
+        "pixel_keyword": "PixelData",
+        "allow_excess_frames": False,
+    }
+    content = encapsulate([stream + b"\0" * (len(stream) % 2)], has_bot=False)
+    decoder = get_decoder(syntax)
+    pixels, _ = decoder.as_array(content, index=0, raw=True, **options)
     if syntax == _RLE and (layout.samples == 1 or colour == "RGB"):
         return _numbers(pixels.view(f"u{pixels.itemsize}"), layout)
     return _rgb(pixels) if syntax == _RLE else pixels

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
@@ -65,7 +66,7 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset]:
     return list(value) if isinstance(value, Sequence) else []
 
 
-def _values(dataset: Dataset, keyword: str) -> Iterator[object]:
+def _values(dataset: Dataset, keyword: str) -> Iterator[Any]:
     """Single values; those that a file holds as text, as text."""
     try:
         element = dataset.get_item(keyword)

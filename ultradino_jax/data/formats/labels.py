@@ -23,7 +23,7 @@ def read_labels(source: bytes | os.PathLike, where: str = "") -> np.ndarray:
     path = None if isinstance(source, bytes) else source
     where = where or ("mask" if path is None else os.fspath(path))
     try:
-        data = Path(path).read_bytes() if path is not None else source
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         labels = _stored(data, path)
     except Unreadable as error:
         raise UserError(f"{where}: {error}") from None

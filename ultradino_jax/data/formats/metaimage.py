@@ -1,5 +1,6 @@
 """MetaImage: .mha, its pixels in the same file, and .mhd, in a file beside it."""
 
+import os
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _TYPES = {
 }
 
 
-def read_metaimage(data: bytes, path: str | Path | None = None) -> np.ndarray:
+def read_metaimage(data: bytes, path: str | os.PathLike | None = None) -> np.ndarray:
     """File -> array, the last axis of DimSize first, channels last: [N,H,W] or so.
 
     Raw or zlib, of any number type. path: where the file lies; pixels in another file
@@ -34,7 +35,7 @@ def read_metaimage(data: bytes, path: str | Path | None = None) -> np.ndarray:
         raise Unreadable("unreadable", type(error).__name__) from None
 
 
-def _read(data: bytes, path: str | Path | None) -> np.ndarray:
+def _read(data: bytes, path: str | os.PathLike | None) -> np.ndarray:
     fields, position = {}, 0
     while "ElementDataFile" not in fields:
         end = data.find(b"\n", position)
@@ -69,7 +70,7 @@ def _read(data: bytes, path: str | Path | None) -> np.ndarray:
     return np.frombuffer(body[:wanted], dtype).reshape(shape)
 
 
-def _beside(name: str, path: str | Path | None) -> bytes:
+def _beside(name: str, path: str | os.PathLike | None) -> bytes:
     if path is None:
         raise Unreadable("unsupported", "pixels in another file of an archive")
     if name.startswith("LIST") or "%" in name:

@@ -10,13 +10,13 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from ultradino_jax.data.formats.depth import to_uint8
 from ultradino_jax.data.formats.frames import MAX_PIXELS
@@ -93,7 +93,7 @@ def _read(data: bytes, choose, grey: bool, stored: bool):
             white_is_zero.append(
                 image.format == "TIFF"
                 and page.dtype.itemsize > 1
-                and image.tag_v2.get(262) == 0  # Pillow turns 1 and 8 bits by itself
+                and _tags(image).get(262) == 0  # Pillow turns 1 and 8 bits by itself
             )
     return _finished(pages, white_is_zero, grey, stored), chosen, count
 
@@ -156,11 +156,17 @@ def _beyond_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
         return data[_PNG_DEPTH] == 16 and not image.mode.startswith("I;16")
     if image.format != "TIFF":
         return False
-    bits = image.tag_v2.get(258, (1,))
-    kinds = set(image.tag_v2.get(339, (1,)))
+    bits = _tags(image).get(258, (1,))
+    kinds = set(_tags(image).get(339, (1,)))
     if kinds == {3}:
         return image.mode != "F" or set(bits) != {32}
     return kinds != {1} or (max(bits) > 8 and not image.mode.startswith("I;16"))
+
+
+def _tags(image: ImageFile.ImageFile) -> Mapping:
+    """The tags of a TIFF's page."""
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    return image.tag_v2
 
 
 def _light(image: ImageFile.ImageFile, grey: bool) -> np.ndarray:
@@ -257,7 +263,8 @@ def _tiff_by_opencv(data: bytes, position: int, page) -> np.ndarray:
             pixels = pages[position]  # upright already
             colour = pixels.ndim == 3
             if {*pixels.shape[:2]} == {height, width} and pixels.dtype == np.uint16:
-                pixels = pixels >> (16 - page.bitspersample)  # it fills up 12 bits
+                # It fills up 12 bits.
+                pixels = np.right_shift(pixels, 16 - int(page.bitspersample))
                 return np.ascontiguousarray(pixels[..., ::-1]) if colour else pixels
     raise Unreadable("missing_decoder", "TIFF compression: pip install imagecodecs")
 

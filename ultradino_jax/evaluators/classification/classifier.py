@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
     record = read_json(folder / RECORD)
     with damaged(folder):
         wanted = record["backbone"]
-        sizes = {k: int(wanted[k]) for k in ("image_size", "channels")}
+        sizes: dict[str, Any] = {k: int(wanted[k]) for k in ("image_size", "channels")}
         options = {k: record[k] for k in ("layers", "patch", "antialias")}
         classes, digest = tuple(record["classes"]), str(wanted["digest"])
         named = wanted["checkpoint"] is not None
