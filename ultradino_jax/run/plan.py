@@ -170,6 +170,7 @@ def make_loop(config: ConfigDict) -> LoopSettings:
         keep_every=config.keep_every,
         keep_best=config.keep_best,
         max_bad_fraction=config.data.max_bad_fraction,
+        restart=config.restart,
     )
 
 

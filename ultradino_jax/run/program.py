@@ -40,10 +40,23 @@ def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
     abstract = jax.eval_shape(init, weights)
     with as_user_error():
         shardings = state_shardings(abstract, mesh)
-    restored = checkpoints.restore(abstract_with(shardings, abstract), report=say)
+    restored = checkpoints.restore(
+        abstract_with(shardings, abstract),
+        check=lambda meta: check_resumed(plan, meta),
+        advice="--config.restart=True begins again at step 0, and so does an empty "
+        "--workdir",
+        restart=plan.loop.restart,
+        report=say,
+    )
     if restored is None:
         return jax.jit(init, out_shardings=shardings)(weights), 0
     state, meta = restored
+    say(f"resumed from the checkpoint at step {int(meta['step'])}")
+    return state, int(meta["step"])
+
+
+def check_resumed(plan: Plan, meta: dict) -> None:
+    """Raises UserError when a checkpoint is of other images or other groups."""
     if meta["stream"] != stream_of(plan):
         raise UserError(
             f"the images are not those this run started with ({meta['stream']} there, "
@@ -55,8 +68,6 @@ def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
             f"devices need {plan.groups}; set config.groups or use a divisor of "
             f"{meta['groups']} devices"
         )
-    say(f"resumed from the checkpoint at step {int(meta['step'])}")
-    return state, int(meta["step"])
 
 
 def compiled_step(plan: Plan, mesh, state):

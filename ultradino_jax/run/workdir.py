@@ -27,6 +27,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "keep_every",
     "keep_best",
+    "restart",
     "mesh.fsdp",
     "compilation_cache",
     "model.attention",
