@@ -25,6 +25,7 @@ from ultradino_jax.errors import (
     user_line,
 )
 from ultradino_jax.sharding import wait_for_all
+from ultradino_jax.whole import newest_step
 
 ADVICE = "delete that folder to begin again"
 WAITS = (1, 4, 10)  # seconds, between tries to read from a file system that failed
@@ -155,7 +156,8 @@ class RunCheckpoints:
             return found
         if damaged and not restart:
             raise UserError(
-                f"none of the checkpoints in {str(self.directory)!r} is usable; {advice}"
+                f"none of the checkpoints in {str(self.directory)!r} is usable; "
+                f"{advice}"
             )
         self._set_aside(damaged)
         return None
@@ -206,8 +208,7 @@ class RunCheckpoints:
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint that is complete on disk, or None."""
-        names = os.listdir(self.directory) if self.directory.is_dir() else []
-        return max((int(name) for name in names if name.isdigit()), default=None)
+        return newest_step(self.directory)
 
     def last_good(self) -> int | None:
         """`newest`, once the save in flight is on disk or has failed."""

@@ -8,8 +8,8 @@ import sys
 import zipfile
 from collections.abc import Iterator
 
-# The file system's own failures: whatever a file holds, they may be gone later. Libraries
-# that wrap them leave the system's words or the error's name in their texts.
+# The file system's own failures: whatever a file holds, they may be gone later.
+# Libraries that wrap them leave the system's words or the error's name in their texts.
 _FAILURES = {
     code: os.strerror(code)
     for code in (
@@ -59,6 +59,10 @@ class Paused(Exception):
 
 class MissingPackage(UserError, ImportError):
     """An optional package is not installed; the message says which extra brings it."""
+
+
+class StaleFile(UserWarning):
+    """A file that was made from a run is not of the run's newest checkpoint."""
 
 
 @contextlib.contextmanager

@@ -109,6 +109,15 @@ def whole_folder(
     meet(f"{folder.name}: in place")
 
 
+def newest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint in a folder that is complete, or None.
+
+    Raises OSError when there is a folder that cannot be listed.
+    """
+    names = os.listdir(directory) if directory.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 
 from tests.run import stubs
 from ultradino_jax.checkpoint import WAITS, RunCheckpoints
-from ultradino_jax.errors import UserError, of_file_system
+from ultradino_jax.errors import StaleFile, UserError, of_file_system
+from ultradino_jax.run import loop
+from ultradino_jax.run.stops import RunStopped
 from ultradino_jax.run.train import train
+from ultradino_jax.weights.load import load_backbone
 
 ABSTRACT = {"x": jnp.zeros(3)}
 FAILURES = ("ESTALE", "EIO", "ENOSPC", "EACCES", "EPERM", "ETIMEDOUT", "EMFILE")
@@ -163,3 +167,33 @@ def test_a_run_with_only_damaged_checkpoints_stops(
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
     train(config, workdir)  # the flag does not throw a usable checkpoint away
     assert "already trained for all 3 steps" in capsys.readouterr().out
+
+
+def test_a_backbone_that_lags_behind_is_said_and_made_anew(
+    one_device, tiny_config, tmp_path, monkeypatch, capsys
+):
+    """The disk was full when the last step's backbone was to be written."""
+    stubs.stub(monkeypatch)
+    config = stubs.small(tiny_config(checkpoint_every=3))
+    calm = train(config, tmp_path / "calm")
+    save = loop.save_backbone
+
+    def full(folder, backbone, *, step):
+        if step == 6:
+            raise of("ENOSPC")
+        save(folder, backbone, step=step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_backbone", full)
+        with pytest.raises(RunStopped, match="last good checkpoint: step 6"):
+            train(config, tmp_path / "run")
+    line = r"is of step 3, the newest checkpoint of its run of step 6"
+    for path in (tmp_path / "run", tmp_path / "run/backbone"):
+        with pytest.warns(StaleFile, match=line):
+            load_backbone(path)
+    train(config, tmp_path / "run")
+    assert "not of step 6: written anew" in capsys.readouterr().out
+    assert load_backbone(tmp_path / "run").digest == load_backbone(calm).digest
+    shutil.rmtree(calm / "backbone/params")  # lost in another way
+    train(config, calm)
+    assert load_backbone(tmp_path / "run").digest == load_backbone(calm).digest
