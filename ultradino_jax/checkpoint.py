@@ -6,7 +6,6 @@ where the data stream stands; an evaluation keeps its training the same way.
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Callable
