@@ -9,8 +9,10 @@ differs, so that nothing is mixed and nothing is overwritten.
 """
 
 import contextlib
+import fcntl
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -193,3 +195,31 @@ def claim(
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, settings)
     return None
+
+
+class Lock:
+    """Exclusive use of a workdir, given back by the kernel when the process ends.
+
+    Raises UserError naming the process that holds it.
+    """
+
+    def __init__(self, workdir: Path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._file = (workdir / "lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"workdir {str(workdir)!r} is in use by {holder}; wait for it or use "
+                "another --workdir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Give the workdir back."""
+        self._file.close()

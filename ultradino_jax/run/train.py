@@ -25,12 +25,12 @@ from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.plan import Plan, make_plan
 from ultradino_jax.run.program import keep_programs, restore_or_init, teacher_of
 from ultradino_jax.run.stops import RunStopped, Signals
-from ultradino_jax.run.workdir import Lock, describe, record_config, record_run
+from ultradino_jax.run.workdir import describe, record_config, record_run
 from ultradino_jax.run.writer import Progress, Writer
 from ultradino_jax.sharding import batch_sharding, make_mesh
 from ultradino_jax.weights.backbone import save_backbone
 from ultradino_jax.weights.own import RECORD, read_backbone
-from ultradino_jax.whole import named, read_json
+from ultradino_jax.whole import Lock, named, read_json
 
 
 def join_others(

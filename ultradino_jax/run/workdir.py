@@ -1,7 +1,5 @@
-"""The folder of a run: one process at a time, one config, what it is about."""
+"""The folder of a run: one config, what it is about."""
 
-import fcntl
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +9,6 @@ import jax
 from clu.parameter_overview import get_parameter_overview
 from ml_collections import ConfigDict
 
-from ultradino_jax.errors import UserError
 from ultradino_jax.run.plan import Plan
 from ultradino_jax.whole import claim, write_json, write_whole
 
@@ -50,34 +47,6 @@ MISSING: dict[str, Any] = {
     "compilation_cache": "",
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-class Lock:
-    """Exclusive use of a workdir, given back by the kernel when the process ends.
-
-    Raises UserError naming the process that holds it.
-    """
-
-    def __init__(self, workdir: Path):
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._file = (workdir / "lock").open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                f"workdir {str(workdir)!r} is in use by {holder}; wait for it or use "
-                "another --workdir"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Give the workdir back."""
-        self._file.close()
 
 
 def record_config(config: ConfigDict, workdir: Path) -> None:
