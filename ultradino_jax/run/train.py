@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -25,7 +25,12 @@ from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.plan import Plan, make_plan
 from ultradino_jax.run.program import keep_programs, restore_or_init, teacher_of
 from ultradino_jax.run.stops import RunStopped, Signals
-from ultradino_jax.run.workdir import describe, record_config, record_run
+from ultradino_jax.run.workdir import (
+    check_config,
+    describe,
+    record_config,
+    record_run,
+)
 from ultradino_jax.run.writer import Progress, Writer
 from ultradino_jax.sharding import batch_sharding, make_mesh
 from ultradino_jax.weights.backbone import save_backbone
@@ -70,16 +75,30 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
             mesh = make_mesh(**config.mesh)
         if is_main:
             stack.callback(Lock(workdir).close)
-            record_config(config, workdir)
-            record_run(plan, workdir)
-        train_plan(plan, mesh, workdir, stack)
+            check_config(config, workdir)
+
+        def record():
+            if is_main:
+                record_config(config, workdir)
+                record_run(plan, workdir, config.init_from)
+
+        train_plan(plan, mesh, workdir, stack, record)
     if plan.knn.enabled and is_main:
         phantom_knn(workdir, plan.knn.patients, plan.knn.phantom)
     return workdir
 
 
-def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> None:
-    """Go on from the newest checkpoint to the end; `stack` closes what is opened."""
+def train_plan(
+    plan: Plan,
+    mesh,
+    workdir: Path,
+    stack: contextlib.ExitStack,
+    record: Callable[[], None],
+) -> None:
+    """Go on from the newest checkpoint to the end; `stack` closes what is opened.
+
+    record(): notes config and run, once nothing in the workdir refuses them.
+    """
     is_main = jax.process_index() == 0
     progress = Progress(plan.total_steps, weights=plan.objective.weights)
     stack.callback(progress.close)
@@ -90,6 +109,7 @@ def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> 
     stack.push(closing(checkpoints))
     describe(plan, mesh, say)
     state, start = restore_or_init(plan, mesh, checkpoints, say)
+    record()
     if start > 0:
         renew_backbone(plan, mesh, state, start, workdir, say)
     if start >= plan.total_steps:

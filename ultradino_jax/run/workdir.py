@@ -10,7 +10,8 @@ from clu.parameter_overview import get_parameter_overview
 from ml_collections import ConfigDict
 
 from ultradino_jax.run.plan import Plan
-from ultradino_jax.whole import claim, write_json, write_whole
+from ultradino_jax.weights.lineage import lineage
+from ultradino_jax.whole import check_same, read_json, write_json, write_whole
 
 # Config keys that may differ when a run is resumed: they do not touch its numbers.
 FREE_KEYS = (
@@ -49,16 +50,25 @@ MISSING: dict[str, Any] = {
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json and versions.json, or compare with the config there.
+def check_config(config: ConfigDict, workdir: Path) -> None:
+    """Compare with the config.json that is there; nothing is written.
 
     Raises UserError naming every differing key when the workdir belongs to a run of
-    another config. What may differ is noted anew.
+    another config.
     """
-    path, settings = workdir / "config.json", config.to_dict()
-    advice = "use another --workdir"
-    claim(path, settings, "a run", advice, free=FREE_KEYS, missing=MISSING)
-    write_json(path, settings)
+    path = workdir / "config.json"
+    if path.is_file():
+        settings, advice = config.to_dict(), "use another --workdir"
+        options = dict(free=FREE_KEYS, missing=MISSING)
+        check_same(read_json(path), settings, workdir, "a run", advice, **options)
+
+
+def record_config(config: ConfigDict, workdir: Path) -> None:
+    """Write config.json and versions.json; what may differ is noted anew.
+
+    Only after all checks: what they refused must leave the records as they were.
+    """
+    write_json(workdir / "config.json", config.to_dict())
     devices = jax.devices()
     versions = {name: version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
@@ -67,10 +77,15 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
     write_json(workdir / "versions.json", versions)
 
 
-def record_run(plan: Plan, workdir: Path) -> None:
+def record_run(plan: Plan, workdir: Path, init_from: str) -> None:
     """Write run.json, what the config leaves to the data and the devices, and
     parameters.txt, a table of names, shapes and sizes.
+
+    init_from: of the config; the runs behind it and their images are noted, too.
     """
+    ancestors = lineage(init_from)
+    if plan.start is not None:
+        ancestors[0]["weights"] = plan.start.digest
     facts = {
         "images": len(plan.source),
         "digest": plan.source.digest(),
@@ -81,6 +96,7 @@ def record_run(plan: Plan, workdir: Path) -> None:
         "gflop_per_step": round(plan.flops_per_step / 1e9, 1),
         "mean": list(plan.objective.mean),
         "std": list(plan.objective.std),
+        "ancestors": ancestors,
     }
     write_json(workdir / "run.json", facts)
     table = get_parameter_overview(
