@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from ultradino_jax.checkpoint import RunCheckpoints
+from ultradino_jax.data.source_digest import difference
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.pretraining.device_crops import rendered
 from ultradino_jax.pretraining.step import init_state, make_train_step
@@ -17,11 +18,6 @@ from ultradino_jax.run.bad_steps import skip_not_finite
 from ultradino_jax.run.plan import Plan
 from ultradino_jax.sharding import abstract_with, replicated, state_shardings
 from ultradino_jax.weights.backbone import Backbone
-
-
-def stream_of(plan: Plan) -> dict:
-    """What identifies the images of a run."""
-    return {"records": len(plan.source), "digest": plan.source.digest()}
 
 
 def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
@@ -57,10 +53,10 @@ def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
 
 def check_resumed(plan: Plan, meta: dict) -> None:
     """Raises UserError when a checkpoint is of other images or other groups."""
-    if meta["stream"] != stream_of(plan):
+    if other := difference(meta["stream"], plan.stream, plan.source):
         raise UserError(
-            f"the images are not those this run started with ({meta['stream']} there, "
-            f"{stream_of(plan)} now); give it the same ones or another --workdir"
+            f"the images are not those this run started with ({other}); give it the "
+            "same ones or another --workdir"
         )
     if meta["groups"] != plan.groups:
         raise UserError(

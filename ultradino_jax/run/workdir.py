@@ -88,7 +88,7 @@ def record_run(plan: Plan, workdir: Path, init_from: str) -> None:
         ancestors[0]["weights"] = plan.start.digest
     facts = {
         "images": len(plan.source),
-        "digest": plan.source.digest(),
+        "digest": plan.stream["digest"],
         "first_image": plan.source.record_id(0),
         "steps_per_epoch": plan.steps_per_epoch,
         "total_steps": plan.total_steps,
