@@ -151,6 +151,7 @@ def _run(c: ConfigDict) -> None:
     c.keep_checkpoints = 3  # [D] the newest; besides them
     c.keep_every = 0  # [J] those of every so many steps (0: none)
     c.keep_best = True  # [J] and that of the highest kNN
+    c.restart = False  # [J] begin again where none of the checkpoints is usable
 
     c.nan = ConfigDict()
     c.nan.policy = "stop"  # [J] or 'skip': do not apply the update of such a step

@@ -130,14 +130,12 @@ def fass_config(data: Path, args):
     return config
 
 
-def evaluated(kind: str, config, run: Path, folder: Path) -> dict:
+def evaluated(config, run: Path, folder: Path) -> dict:
     """results.json of an evaluation, run if it is not there."""
     if (known := claim(folder, config, run)) is not None:
         return known
-    if kind == "classification":
-        from ultradino_jax.evaluators.classification.evaluate import evaluate
-    else:
-        from ultradino_jax.evaluators.segmentation.evaluate import evaluate
+    from ultradino_jax.evaluators.evaluate import evaluate
+
     return evaluate(config, run, folder, say=lambda text: None)
 
 
@@ -168,12 +166,12 @@ def figures_of(size: int, run: Path, out: Path, args, say) -> list[tuple]:
             start = time.monotonic()
             folder = out / f"eval_{size}" / f"{mode}_{table}"
             config = planes_config(mode, labels / f"{table}.csv", args)
-            records.append(by_row(evaluated("classification", config, run, folder)))
+            records.append(by_row(evaluated(config, run, folder)))
             say(f"{size} images, {mode}, {table}: {time.monotonic() - start:.0f} s")
         add(mode, "macro_f1", records)
     start = time.monotonic()
     config = fass_config(out / "fass_data", args)
-    results = evaluated("segmentation", config, run, out / f"eval_{size}" / "fass")
+    results = evaluated(config, run, out / f"eval_{size}" / "fass")
     say(f"{size} images, segmentation: {time.monotonic() - start:.0f} s")
     for row, summary in by_row(results).items():
         s = summary["foreground_dice"]

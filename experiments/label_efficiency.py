@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train what is missing, draw; bad input ends with one line and status 1."""
     args = parse(argv)
     logging.set_verbosity(logging.WARNING)
-    from ultradino_jax.evaluators.segmentation.evaluate import evaluate
+    from ultradino_jax.evaluators.evaluate import evaluate
 
     if args.smoke:
         from ultradino_jax.phantom import LAYOUTS

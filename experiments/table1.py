@@ -110,10 +110,9 @@ def run_cell(args, row: Row, column: Column, say) -> None:
         return
     if config.task == "classification":
         from ultradino_jax.data.datasets.open import open_labelled as open_images
-        from ultradino_jax.evaluators.classification.evaluate import evaluate
     else:
         from ultradino_jax.data.datasets.open import open_segmented as open_images
-        from ultradino_jax.evaluators.segmentation.evaluate import evaluate
+    from ultradino_jax.evaluators.evaluate import evaluate
 
     with one_at_a_time(args.data / "prepared"):
         open_images(config.data)

@@ -166,7 +166,15 @@ def test_one_smoke_cell_from_nothing_and_its_resume(
     before = path.stat().st_mtime_ns
     assert script("table1").main([*flags, "--rows=ultradino_vits16"]) == 0
     assert path.stat().st_mtime_ns == before
-    # Another checkpoint under the same name is not mixed in.
+    # Other weights under the same name are not answered with the old figures.
+    (weights,) = tmp_path.rglob("ultradino_vits16*.safetensors")
+    kept = weights.read_bytes()
+    half = len(kept) // 2
+    weights.write_bytes(kept[:half] + bytes(4000) + kept[half + 4000 :])
+    assert script("table1").main([*flags, "--rows=ultradino_vits16"]) == 1
+    assert "holds this cell with other settings (weights: " in capsys.readouterr().out
+    weights.write_bytes(kept)
+    # Nor is another checkpoint mixed in.
     record = path.with_name("cell.json")
     record.write_text(record.read_text().replace("ultradino_vits16", "another"))
     assert script("table1").main([*flags, "--rows=ultradino_vits16"]) == 1

@@ -9,11 +9,12 @@ of the program and keeps its traceback.
 import contextlib
 import io
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 from absl import app
 
-from ultradino_jax.errors import Paused, user_line
+from ultradino_jax.errors import Paused, StaleFile, user_line
 
 # sysexits.h EX_TEMPFAIL: saved on a signal, the same command goes on.
 EXIT_PAUSED = 75
@@ -25,6 +26,7 @@ def boundary() -> Iterator[None]:
 
     Work that was saved on a signal ends with `paused: LINE` and EXIT_PAUSED.
     """
+    warnings.showwarning = _one_line(warnings.showwarning)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may be no UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -38,6 +40,16 @@ def boundary() -> Iterator[None]:
         if line is None:
             raise
         sys.exit(f"error: {line}")
+
+
+def _one_line(show):
+    def shown(message, category, *place, **rest):
+        if issubclass(category, StaleFile):
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            show(message, category, *place, **rest)
+
+    return shown
 
 
 def command(main: Callable[..., object], *arguments) -> None:

@@ -3,13 +3,15 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 
-# What libraries that wrap the operating system's errors leave in their texts.
-_DISK = {
-    os.strerror(code)
+# The file system's own failures: whatever a file holds, they may be gone later.
+# Libraries that wrap them leave the system's words or the error's name in their texts.
+_FAILURES = {
+    code: os.strerror(code)
     for code in (
         errno.ENOSPC,
         errno.EDQUOT,
@@ -17,8 +19,28 @@ _DISK = {
         errno.EFBIG,
         errno.EIO,
         errno.ESTALE,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ETIMEDOUT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOLCK,
+        errno.EBUSY,
+        errno.EREMOTEIO,
+        errno.ECONNRESET,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENXIO,
+        errno.ENODEV,
     )
 }
+_NAMES = re.compile(
+    r"\b(" + "|".join(errno.errorcode[code] for code in _FAILURES) + r")\b"
+)
+# A file that is not there, or is of another kind, is damage.
+_OF_CONTENTS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError)
 _MEMORY = "RESOURCE_EXHAUSTED"
 _NO_BACKEND = "Unable to initialize backend"
 
@@ -37,6 +59,10 @@ class Paused(Exception):
 
 class MissingPackage(UserError, ImportError):
     """An optional package is not installed; the message says which extra brings it."""
+
+
+class StaleFile(UserWarning):
+    """A file that was made from a run is not of the run's newest checkpoint."""
 
 
 @contextlib.contextmanager
@@ -113,8 +139,25 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or _MEMORY in str(error)
 
 
+def of_file_system(error: BaseException | None) -> bool:
+    """Whether the file system failed, and not what a file holds.
+
+    Also where a library wrapped the error or kept only its words. Such an error may be
+    gone at the next try; it says nothing about the file.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, _OF_CONTENTS):
+            if error.errno is not None:  # Pillow and others raise it for contents, too
+                return True
+        elif _on_disk(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _on_disk(text: str) -> bool:
-    return any(words in text for words in _DISK)
+    words = any(words in text for words in _FAILURES.values())
+    return words or _NAMES.search(text) is not None
 
 
 def _no_backend() -> bool:

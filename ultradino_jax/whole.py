@@ -9,8 +9,10 @@ differs, so that nothing is mixed and nothing is overwritten.
 """
 
 import contextlib
+import fcntl
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -109,6 +111,15 @@ def whole_folder(
     meet(f"{folder.name}: in place")
 
 
+def newest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint in a folder that is complete, or None.
+
+    Raises OSError when there is a folder that cannot be listed.
+    """
+    names = os.listdir(directory) if directory.exists() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -184,3 +195,31 @@ def claim(
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, settings)
     return None
+
+
+class Lock:
+    """Exclusive use of a workdir, given back by the kernel when the process ends.
+
+    Raises UserError naming the process that holds it.
+    """
+
+    def __init__(self, workdir: Path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._file = (workdir / "lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"workdir {str(workdir)!r} is in use by {holder}; wait for it or use "
+                "another --workdir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Give the workdir back."""
+        self._file.close()

@@ -4,6 +4,7 @@ import argparse
 import csv
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -11,8 +12,12 @@ torch = pytest.importorskip("torch")
 
 from configs import fass, fetal_planes  # noqa: E402
 from tests.weights.test_torch_files import random_state  # noqa: E402
+from ultradino_jax.errors import UserError  # noqa: E402
 from ultradino_jax.evaluators.classification import evaluate as classification  # noqa: E402
+from ultradino_jax.evaluators.classification.classifier import load_classifier  # noqa: E402
 from ultradino_jax.evaluators.segmentation import evaluate as segmentation  # noqa: E402
+from ultradino_jax.exports.checked import export  # noqa: E402
+from ultradino_jax.exports.formats import load_task  # noqa: E402
 from ultradino_jax.weights.files import write_safetensors  # noqa: E402
 from ultradino_jax.weights.meta import Architecture  # noqa: E402
 from ultradino_jax.weights.timm import to_timm  # noqa: E402
@@ -138,6 +143,38 @@ def test_knn_row_of_every_family(family, planes, tmp_path):
     assert table[1].startswith("teacher/knn") and f"{100 * row:.2f}" in table[1]
     # Brightness survives a random network: far above the third of guessing.
     assert row > 0.6
+
+
+@pytest.mark.parametrize("recipe", ["cached", "paper"])
+@pytest.mark.parametrize("family", ["usfm", "dinov2 with registers, Meta"])
+def test_a_kept_and_exported_probe_gives_the_scores(family, recipe, planes, tmp_path):
+    make, options = FAMILIES[family]
+    checkpoint, _ = make(tmp_path, **options)
+    config = fetal_planes.get_config("linear")
+    config.data.name, config.data.path = "csv", str(planes)
+    config.rows, config.seeds, config.replicates = ("teacher",), (0,), 50
+    config.linear.recipe, config.batch_size = recipe, 12
+    config.linear.epochs, config.linear.warmup_epochs = 2, 1
+    config.linear.batch_size = 6
+    out = tmp_path / "out"
+    classification.evaluate(config, checkpoint, out, say=lambda line: None)
+    with open(out / "predictions.csv", newline="") as file:
+        lines = [row for row in csv.DictReader(file) if row["set"] == "test"]
+    scored = np.array([[float(row[name]) for name in CLASSES] for row in lines])
+    images = [cv2.imread(str(planes.parent / row["id"]), 0) for row in lines]
+    kept, _ = load_classifier(out / "teacher/seed0")
+    export(out, "safetensors", tmp_path / "exported")
+    for task in (kept, load_task(tmp_path / "exported")):
+        x = np.stack([task.preprocess.resize(image) for image in images])
+        found = np.asarray(jax.nn.softmax(task.logits(task.preprocess.normalise(x))))
+        np.testing.assert_allclose(found, scored, atol=1e-3)
+    record = out / "teacher/seed0/classifier/classifier.json"
+    record.write_text(record.read_text().replace('"features": 2,', ""))
+    if family == "usfm":  # from before this was so
+        with pytest.raises(UserError, match="does not give the scores that were rep"):
+            load_classifier(out / "teacher/seed0")
+    else:
+        load_classifier(out / "teacher/seed0")
 
 
 def test_segmentation_row_of_a_converted_file(tmp_path):

@@ -141,8 +141,11 @@ def test_other_images_and_other_groups_are_refused(config_of, tmp_path):
         train(config, workdir)
     saved.write_text(content)
     (folder / "image00.png").unlink()
+    records = [(workdir / f"{n}.json").read_bytes() for n in ("config", "run")]
+    config.data.threads = 5  # may differ, and would be noted anew
     with pytest.raises(UserError, match="images are not those this run started with"):
         train(config, workdir)
+    assert records == [(workdir / f"{n}.json").read_bytes() for n in ("config", "run")]
 
 
 def test_too_many_bad_images_stop_the_run_and_a_cut_list_is_no_obstacle(

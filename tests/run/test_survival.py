@@ -202,7 +202,7 @@ def test_kill_9_with_and_without_workers_gives_the_same_bytes(
 
 
 def test_the_lock_is_the_kernels(tmp_path):
-    from ultradino_jax.run.workdir import Lock
+    from ultradino_jax.whole import Lock
 
     lock = Lock(tmp_path / "run")
     with (tmp_path / "run/lock").open() as file, pytest.raises(BlockingIOError):

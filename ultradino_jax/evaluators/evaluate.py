@@ -1,12 +1,13 @@
 """The door to both kinds of evaluation."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from ultradino_jax.errors import UserError
-from ultradino_jax.whole import named
+from ultradino_jax.whole import Lock, named
 
 
 def evaluate(
@@ -20,7 +21,8 @@ def evaluate(
     config: of configs/fetal_planes.py, fass.py or jnu_ifm.py; its `task` is
     'classification' or 'segmentation'. checkpoint: what `load_backbone` reads; None
     when all rows of the config are trained from scratch. workdir: folder for the
-    results; the same call again goes on after an interruption. say: receives the lines
+    results, of one process at a time; the same call again goes on after an
+    interruption. say: receives the lines
     that tell how it goes.
 
     Raises UserError or OSError with one line when the input is bad.
@@ -33,4 +35,5 @@ def evaluate(
         from ultradino_jax.evaluators.segmentation.evaluate import evaluate as run
     else:
         raise UserError(f"config.task={config.task!r} is unknown")
-    return run(config, checkpoint, workdir, say)
+    with contextlib.closing(Lock(workdir)):
+        return run(config, checkpoint, workdir, say)

@@ -5,16 +5,18 @@ with `begin` and `finish`, results.py says its figures. The kind brings
 the loader of its data, the fit and score of a row, and the figures.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ultradino_jax.data.source_digest import sampled_pixels
 from ultradino_jax.evaluators.overlap import check_overlap
 from ultradino_jax.limits import FLAG, SEED, TEXT, choice, integer, number, several
 from ultradino_jax.models.vit import VARIANTS
-from ultradino_jax.whole import write_json
+from ultradino_jax.whole import claim, write_json
 
 PACKAGES = ("jax", "flax", "optax", "numpy")
 COUNT = integer(1)
@@ -53,6 +55,26 @@ class Entry:
         """'teacher/linear', 'teacher/logreg/10'."""
         parts = [self.row, self.method, *([str(self.shots)] if self.shots else [])]
         return "/".join(parts)
+
+
+# Settings that change no number of a row's run that is kept in the folder.
+FREE = (
+    "allow_overlap",
+    "seeds",
+    "rows",
+    "replicates",
+    "data.path",
+    "data.data_dir",
+    "data.manual_dir",
+    "data.download",
+    "external.path",
+    "external.data_dir",
+    "external.manual_dir",
+    "external.download",
+    "finetune.checkpoint_every",
+    "checkpoint_every",
+)
+IDENTITY = "evaluation.json"
 
 
 def seed_folder(workdir: str | Path, row: str, seed: int) -> Path:
@@ -111,6 +133,7 @@ def begin(
     checkpoint: str | Path | None,
     workdir: str | Path,
     backbone,
+    data,
     splits: Sequence,
     *,
     what: str,
@@ -119,13 +142,25 @@ def begin(
 ) -> Call:
     """Compare the images with those of pretraining, say what begins, note the facts.
 
-    config: as JSON values. backbone: shown for the input of all rows. splits: the data
-    of a run, or of each. what: words on the data behind their name and version.
-    packages: those of the kind. Raises UserError as `check_overlap`.
+    Nothing is written, and nothing of the workdir read, before it is known to be of the
+    same weights, data and settings: `evaluation.json` there says so.
+
+    config: as JSON values. backbone: shown for the input of all rows. data: the whole
+    set; splits: that of a run, or of each. what: words on the data behind their name
+    and version.
+    packages: those of the kind. Raises UserError as `check_overlap` and `whole.claim`.
     """
     allowed = config["allow_overlap"]
     overlap = check_overlap(checkpoint, *splits, allowed=allowed, say=say)
-    data = splits[0]
+    identity = {
+        "weights": backbone.digest,
+        "data": _data_record(data),
+        "config": config,
+    }
+    advice = "choose another workdir, or delete what is there"
+    free = [f"config.{name}" for name in FREE]
+    record = Path(workdir) / IDENTITY
+    claim(record, identity, "an evaluation", advice, free=free)
     say(
         f"{data.name} {data.version}{what}; {backbone.name} from "
         f"{checkpoint or 'scratch'}, digest {backbone.digest[:12]}"
@@ -137,6 +172,18 @@ def begin(
         "versions": versions(packages),
     }
     return Call(Path(workdir), facts, say)
+
+
+def _data_record(data) -> dict:
+    """What tells a data set from another: names, patients, and pixels of some."""
+    columns = (data.ids, data.patients)
+    lines = sorted("\t".join(map(str, row)) for row in zip(*columns, strict=True))
+    pixels = sorted(sampled_pixels(data).items())
+    return {
+        "name": data.name,
+        "images": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "pixels": hashlib.sha256(repr(pixels).encode()).hexdigest(),
+    }
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

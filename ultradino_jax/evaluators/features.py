@@ -160,13 +160,17 @@ class Features:
 
 
 def probe_tokens(model, params, images, num_layers: int):
-    """Normalised images [B,S,S,C] -> (CLS [B,num_layers,D], mean patch token [B,D])."""
-    layers = range(-num_layers, 0) if num_layers > 1 else None
+    """Normalised images [B,S,S,C] -> (CLS [B,num_layers,D], mean patch token [B,D]).
+
+    THE features of a probe, for scoring, keeping and exporting. The last of the class
+    tokens is the model's own `cls_token`, however many are asked for: that of USFM is
+    not the token at that place.
+    """
+    layers = range(-num_layers, -1) if num_layers > 1 else None
     out = model.apply({"params": params}, images, layers=layers)
+    cls = out.cls_token[:, None]
     if num_layers > 1:
-        cls = jnp.swapaxes(out.layers[:, :, 0], 0, 1)
-    else:
-        cls = out.cls_token[:, None]
+        cls = jnp.concatenate([jnp.swapaxes(out.layers[:, :, 0], 0, 1), cls], axis=1)
     return cls.astype(jnp.float32), out.patch_tokens.astype(jnp.float32).mean(axis=1)
 
 

@@ -8,43 +8,61 @@ from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages
 from ultradino_jax.data.prepare.dedup import pixel_sha256
 from ultradino_jax.data.sources import BadImage, CacheSource, open_source
 from ultradino_jax.errors import UserError, damaged
+from ultradino_jax.weights.lineage import lineage
 from ultradino_jax.whole import read_json
 
 
-def pretraining_source(checkpoint: str | Path):
-    """(source, its root) of the run a checkpoint belongs to, or (None, why not).
+def pretraining_sources(
+    checkpoint: str | Path,
+) -> tuple[list[tuple], list[str], bool]:
+    """([(source, its root)], why there are no others, whether all runs were reached).
 
-    It is found through the config.json that a run leaves in its workdir.
+    The runs behind a checkpoint are found through what they leave in their workdirs,
+    `weights.lineage`. One on phantoms saw no image that could leak; one whose images
+    cannot be opened is a hole.
     """
-    path = Path(checkpoint)
-    for folder in (path, path.parent):
-        if (folder / "config.json").is_file():
-            break
-    else:
-        return None, "there is no config.json of a pretraining run beside it"
     try:
-        data = read_json(folder / "config.json")["data"]
-        if not data["root"]:
-            return None, "it was pretrained on the built-in phantom"
-        source = open_source(
-            data["root"], list_file=data["list_file"] or None, channels=1
+        runs = lineage(checkpoint)
+    except (OSError, UserError) as error:
+        return [], [f"its pretraining images cannot be found: {error}"], False
+    sources, reasons, whole = [], [], True
+    for i, run in enumerate(runs):
+        if "file" in run:
+            # Weights that a known run began with are named; their images are not ours.
+            what = f"the weights of {run['file']}" if i else "it"
+            line = f"there is no config.json of a pretraining run beside {what}"
+        elif not run["root"]:
+            line = "it was pretrained on the built-in phantom"
+        else:
+            try:
+                sources.append((_opened(run), run["root"]))
+                continue
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                line, whole = f"its pretraining images cannot be opened: {error}", False
+        reasons.append(line if i == 0 else f"{next(iter(run.values()))}: {line}")
+    return sources, reasons, whole
+
+
+def _opened(run: dict):
+    source = open_source(run["root"], list_file=run["list_file"] or None, channels=1)
+    if run["digest"] not in (None, source.digest()):
+        raise UserError(
+            f"{run['root']!r} now holds other images than it was trained on"
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"its pretraining images cannot be opened: {error}"
-    return source, data["root"]
+    return source
 
 
 def overlapping_images(source, root, data: LabelledImages) -> np.ndarray:
-    """bool [n]: images whose pixels are in the pretraining source.
+    """bool [n]: images whose pixels, as stored, are in the pretraining source.
 
     A prepared cache is asked by the hash of the pixels. In a folder or a list only
     files of an image's own name are compared, so renamed copies are not found.
     """
     found = np.zeros(len(data), bool)
-    if isinstance(source, CacheSource):
+    if _by_hash(source):
         known = cache_hashes(root)
         for i in range(len(data)):
-            found[i] = pixel_sha256(data[i]) in known
+            found[i] = pixel_sha256(data.stored_pixels(i)) in known
         return found
     by_stem: dict[str, list[int]] = {}
     wanted = {stem(name) for name in data.ids}
@@ -54,8 +72,12 @@ def overlapping_images(source, root, data: LabelledImages) -> np.ndarray:
             by_stem.setdefault(name, []).append(i)
     for i, name in enumerate(data.ids):
         candidates = by_stem.get(stem(name), ())
-        found[i] = any(_same(source, k, data[i]) for k in candidates)
+        found[i] = any(_same(source, k, data.stored_pixels(i)) for k in candidates)
     return found
+
+
+def _by_hash(source) -> bool:
+    return isinstance(source, CacheSource)
 
 
 def cache_hashes(root: str | Path) -> set[bytes]:
@@ -87,23 +109,25 @@ def check_overlap(
     splits: the data as split for one run, or for each of several: counts are then those
     of the first, with the largest of any run for 'val' and 'test'. Raises UserError
     when one of any val or test was seen, unless `allowed`. Training images may have
-    been seen: pretraining uses no label. {'checked': False, 'reason'} when it cannot be
-    known, or nothing was pretrained (no checkpoint).
+    been seen: pretraining uses no label. 'checked' is true when the images of all runs
+    behind the checkpoint could be asked; 'of' lists them and 'not_checked' says what
+    could not. {'checked': False, 'reason'} when none could, or nothing was pretrained
+    (no checkpoint).
     """
     if checkpoint is None:
         return {"checked": False, "reason": "nothing was pretrained"}
-    source, root = pretraining_source(checkpoint)
-    if source is None:
-        say(f"overlap with pretraining not checked: {root}")
-        return {"checked": False, "reason": root}
+    sources, reasons, whole = pretraining_sources(checkpoint)
+    for reason in reasons:
+        say(f"overlap with pretraining not checked: {reason}")
+    if not sources:
+        return {"checked": False, "reason": "; ".join(reasons)}
     known: dict[str, bool] = {}  # an image is compared once, however many runs have it
     runs = []
     for data in splits:
         new = np.array([name not in known for name in data.ids], bool)
         part = data.take(new)
-        known |= dict(
-            zip(part.ids, overlapping_images(source, root, part), strict=True)
-        )
+        found = [overlapping_images(source, root, part) for source, root in sources]
+        known |= dict(zip(part.ids, np.any(found, axis=0), strict=True))
         seen = np.array([known[name] for name in data.ids], bool)
         runs.append({name: int(seen[data.splits == name].sum()) for name in SPLITS})
         held_out = seen & (data.splits != "train")
@@ -116,4 +140,8 @@ def check_overlap(
     counts = runs[0] | {name: max(r[name] for r in runs) for name in ("val", "test")}
     if sum(counts.values()):
         say(f"images seen in pretraining: {counts}")
-    return {"checked": True, **counts}
+    by = ["pixels" if _by_hash(s) else "names and pixels" for s, _ in sources]
+    roots = [str(root) for _, root in sources]
+    of = [{"images": r, "by": b} for r, b in zip(roots, by, strict=True)]
+    record = {"checked": whole, **counts, "of": of}
+    return record | ({"not_checked": reasons} if reasons else {})

@@ -80,10 +80,12 @@ def train(
     manager = RunCheckpoints(job.checkpoints, keep=1)
     best, history = _copy(best_of(state)), []
     try:
-        restored = manager.restore(_abstract({"state": state, "best": best}))
+        restored = manager.restore(
+            _abstract({"state": state, "best": best}),
+            check=lambda meta: job.check(meta["identity"]),
+        )
         if restored is not None:
             tree, meta = restored
-            job.check(meta["identity"])
             state, best, history = tree["state"], tree["best"], list(meta["history"])
         done = len(history) * job.validate_every
         progress = Progress(job.name, job.steps, unit="step")

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.errors import damaged
-from ultradino_jax.evaluators.classification.classifier import Classifier
+from ultradino_jax.evaluators.classification.classifier import (
+    FEATURES,
+    Classifier,
+    check_features,
+)
 from ultradino_jax.evaluators.segmentation.segmenter import (
     Segmenter,
     architecture_record,
@@ -58,6 +62,7 @@ def write_classifier(task: Classifier, folder: Path) -> None:
         "layers": task.layers,
         "patch": task.patch,
         "antialias": task.antialias,
+        "features": FEATURES,
         "backbone": backbone_record(task.backbone),
     }
     _write(folder, tree, record)
@@ -84,7 +89,9 @@ def load_task(folder: Path) -> Classifier | Segmenter | None:
             return Segmenter(backbone, model, tree, classes, record["letterbox"])
         backbone = record_to_backbone(record["backbone"], tree["backbone"], str(folder))
         options = {k: record[k] for k in ("layers", "patch", "antialias")}
-        return Classifier(backbone, tree["head"], classes=classes, **options)
+        task = Classifier(backbone, tree["head"], classes=classes, **options)
+        check_features(task, record, folder)
+        return task
 
 
 FORMAT = Format(

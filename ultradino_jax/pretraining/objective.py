@@ -13,7 +13,7 @@ mask_indices point into a group's flattened [G*b*N] patches; padding has weight 
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

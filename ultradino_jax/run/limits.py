@@ -125,6 +125,7 @@ LIMITS = {
     "keep_checkpoints": COUNT,
     "keep_every": integer(0),
     "keep_best": FLAG,
+    "restart": FLAG,
     "nan.policy": choice(("stop", "skip")),
     "nan.max_skips": integer(0),
     "health.every": integer(0),

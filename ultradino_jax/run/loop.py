@@ -19,7 +19,6 @@ from ultradino_jax.run.program import (
     compiled_step,
     executable,
     local,
-    stream_of,
     teacher_of,
 )
 from ultradino_jax.run.stops import (
@@ -137,7 +136,7 @@ class Loop:
         meta = {
             "step": done,
             "groups": self.plan.groups,
-            "stream": stream_of(self.plan),
+            "stream": self.plan.stream,
         }
         self.checkpoints.save(done, state, meta)
 

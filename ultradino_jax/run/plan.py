@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from ultradino_jax.data.crops import NUM_GLOBAL, CropConfig
 from ultradino_jax.data.masking import mask_buffer_length
+from ultradino_jax.data.source_digest import stream_record
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.health.alarms import Facts
 from ultradino_jax.health.checkups import HealthSettings
@@ -39,13 +40,14 @@ from ultradino_jax.weights.load import load_backbone
 class Plan:
     """All that a run needs besides a mesh and a workdir.
 
-    name: e.g. 'vit_base_patch16'. dtype: of the model, as the config says it. notes:
-    lines to say at the start. start: the weights of init_from. accum_steps: see
+    name: e.g. 'vit_base_patch16'. stream: what identifies the source's images.
+    dtype: of the model, as the config says it. notes: lines to say at the start. start: the weights of init_from. accum_steps: see
     `make_train_step`.
     """
 
     name: str
     source: Any
+    stream: dict[str, Any]
     crops: CropConfig
     modules: Modules
     objective: Objective
@@ -170,6 +172,7 @@ def make_loop(config: ConfigDict) -> LoopSettings:
         keep_every=config.keep_every,
         keep_best=config.keep_best,
         max_bad_fraction=config.data.max_bad_fraction,
+        restart=config.restart,
     )
 
 
@@ -299,6 +302,7 @@ def make_plan(config: ConfigDict, num_devices: int) -> Plan:
     return Plan(
         name=start.name if start else vit_name(config),
         source=source,
+        stream=stream_record(source),
         crops=crops,
         modules=modules,
         objective=Objective(mean, std, **constants),

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from ultradino_jax.checkpoint import RunCheckpoints
+from ultradino_jax.data.source_digest import difference
 from ultradino_jax.errors import UserError, as_user_error
 from ultradino_jax.pretraining.device_crops import rendered
 from ultradino_jax.pretraining.step import init_state, make_train_step
@@ -17,11 +18,6 @@ from ultradino_jax.run.bad_steps import skip_not_finite
 from ultradino_jax.run.plan import Plan
 from ultradino_jax.sharding import abstract_with, replicated, state_shardings
 from ultradino_jax.weights.backbone import Backbone
-
-
-def stream_of(plan: Plan) -> dict:
-    """What identifies the images of a run."""
-    return {"records": len(plan.source), "digest": plan.source.digest()}
 
 
 def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
@@ -40,14 +36,27 @@ def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
     abstract = jax.eval_shape(init, weights)
     with as_user_error():
         shardings = state_shardings(abstract, mesh)
-    restored = checkpoints.restore(abstract_with(shardings, abstract), report=say)
+    restored = checkpoints.restore(
+        abstract_with(shardings, abstract),
+        check=lambda meta: check_resumed(plan, meta),
+        advice="--config.restart=True begins again at step 0, and so does an empty "
+        "--workdir",
+        restart=plan.loop.restart,
+        report=say,
+    )
     if restored is None:
         return jax.jit(init, out_shardings=shardings)(weights), 0
     state, meta = restored
-    if meta["stream"] != stream_of(plan):
+    say(f"resumed from the checkpoint at step {int(meta['step'])}")
+    return state, int(meta["step"])
+
+
+def check_resumed(plan: Plan, meta: dict) -> None:
+    """Raises UserError when a checkpoint is of other images or other groups."""
+    if other := difference(meta["stream"], plan.stream, plan.source):
         raise UserError(
-            f"the images are not those this run started with ({meta['stream']} there, "
-            f"{stream_of(plan)} now); give it the same ones or another --workdir"
+            f"the images are not those this run started with ({other}); give it the "
+            "same ones or another --workdir"
         )
     if meta["groups"] != plan.groups:
         raise UserError(
@@ -55,8 +64,6 @@ def restore_or_init(plan: Plan, mesh, checkpoints: RunCheckpoints, say):
             f"devices need {plan.groups}; set config.groups or use a divisor of "
             f"{meta['groups']} devices"
         )
-    say(f"resumed from the checkpoint at step {int(meta['step'])}")
-    return state, int(meta["step"])
 
 
 def compiled_step(plan: Plan, mesh, state):

@@ -9,6 +9,7 @@ class LoopSettings:
 
     log_every, checkpoint_every: steps. keep_last, keep_every, keep_best: see
     `checkpoint.Retention`. max_bad_fraction: of the images may be unreadable.
+    restart: at step 0 when none of the checkpoints that are there is usable.
     """
 
     log_every: int
@@ -17,6 +18,7 @@ class LoopSettings:
     keep_every: int
     keep_best: bool
     max_bad_fraction: float
+    restart: bool
 
 
 @dataclasses.dataclass(frozen=True)

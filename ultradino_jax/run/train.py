@@ -1,7 +1,8 @@
 """Pretraining from a config to a workdir: plan, restore, loop, score."""
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -9,7 +10,13 @@ from ml_collections import ConfigDict
 
 from ultradino_jax.checkpoint import Retention, RunCheckpoints
 from ultradino_jax.data.sources import IGNORED, report_ignored
-from ultradino_jax.errors import Paused, UserError, as_user_error, user_line
+from ultradino_jax.errors import (
+    Paused,
+    StaleFile,
+    UserError,
+    as_user_error,
+    user_line,
+)
 from ultradino_jax.health.checkups import Doctor
 from ultradino_jax.health.phantom_knn import make_guard, phantom_knn
 from ultradino_jax.run.bad_steps import BadRecords, Skips
@@ -17,12 +24,19 @@ from ultradino_jax.run.feed import Feed
 from ultradino_jax.run.loop import Loop
 from ultradino_jax.run.meter import Meter
 from ultradino_jax.run.plan import Plan, make_plan
-from ultradino_jax.run.program import keep_programs, restore_or_init
+from ultradino_jax.run.program import keep_programs, restore_or_init, teacher_of
 from ultradino_jax.run.stops import RunStopped, Signals
-from ultradino_jax.run.workdir import Lock, describe, record_config, record_run
+from ultradino_jax.run.workdir import (
+    check_config,
+    describe,
+    record_config,
+    record_run,
+)
 from ultradino_jax.run.writer import Progress, Writer
 from ultradino_jax.sharding import batch_sharding, make_mesh
-from ultradino_jax.whole import named
+from ultradino_jax.weights.backbone import save_backbone
+from ultradino_jax.weights.own import RECORD, read_backbone
+from ultradino_jax.whole import Lock, named, read_json
 
 
 def join_others(
@@ -62,16 +76,30 @@ def train(config: ConfigDict, workdir: str | Path) -> Path:
             mesh = make_mesh(**config.mesh)
         if is_main:
             stack.callback(Lock(workdir).close)
-            record_config(config, workdir)
-            record_run(plan, workdir)
-        train_plan(plan, mesh, workdir, stack)
+            check_config(config, workdir)
+
+        def record():
+            if is_main:
+                record_config(config, workdir)
+                record_run(plan, workdir, config.init_from)
+
+        train_plan(plan, mesh, workdir, stack, record)
     if plan.knn.enabled and is_main:
         phantom_knn(workdir, plan.knn.patients, plan.knn.phantom)
     return workdir
 
 
-def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> None:
-    """Go on from the newest checkpoint to the end; `stack` closes what is opened."""
+def train_plan(
+    plan: Plan,
+    mesh,
+    workdir: Path,
+    stack: contextlib.ExitStack,
+    record: Callable[[], None],
+) -> None:
+    """Go on from the newest checkpoint to the end; `stack` closes what is opened.
+
+    record(): notes config and run, once nothing in the workdir refuses them.
+    """
     is_main = jax.process_index() == 0
     progress = Progress(plan.total_steps, weights=plan.objective.weights)
     stack.callback(progress.close)
@@ -81,9 +109,12 @@ def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> 
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=keep)
     stack.push(closing(checkpoints))
     describe(plan, mesh, say)
+    state, start = restore_or_init(plan, mesh, checkpoints, say)
+    record()
     if is_main:
         report_ignored(plan.source, say, workdir / IGNORED)
-    state, start = restore_or_init(plan, mesh, checkpoints, say)
+    if start > 0:
+        renew_backbone(plan, mesh, state, start, workdir, say)
     if start >= plan.total_steps:
         say(f"already trained for all {start} steps")
         return
@@ -131,6 +162,28 @@ def train_plan(plan: Plan, mesh, workdir: Path, stack: contextlib.ExitStack) -> 
     ).run(state, start)
     backbone = workdir / "backbone"
     say(f"done: {plan.total_steps} steps, teacher backbone in {backbone}")
+
+
+def renew_backbone(plan: Plan, mesh, state, step: int, workdir: Path, say) -> None:
+    """Write the teacher's backbone of a restored state anew if it is not there.
+
+    A run may have been stopped between the checkpoint and the backbone.
+    """
+    folder = workdir / "backbone"
+    teacher, *_ = teacher_of(plan, state, mesh)
+    try:
+        there = read_json(folder / RECORD).get("step")
+        if there == step and jax.process_count() == 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", StaleFile)
+                if read_backbone(folder).digest == teacher.digest:
+                    return
+        elif there == step:  # processes must agree, so only the record is asked
+            return
+    except (FileNotFoundError, UserError):
+        pass
+    say(f"the backbone in {folder} was not of step {step}: written anew")
+    save_backbone(folder, teacher, step=step)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
-"""The folder of a run: one process at a time, one config, what it is about."""
+"""The folder of a run: one config, what it is about."""
 
-import fcntl
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +9,9 @@ import jax
 from clu.parameter_overview import get_parameter_overview
 from ml_collections import ConfigDict
 
-from ultradino_jax.errors import UserError
 from ultradino_jax.run.plan import Plan
-from ultradino_jax.whole import claim, write_json, write_whole
+from ultradino_jax.weights.lineage import lineage
+from ultradino_jax.whole import check_same, read_json, write_json, write_whole
 
 # Config keys that may differ when a run is resumed: they do not touch its numbers.
 FREE_KEYS = (
@@ -27,6 +25,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "keep_every",
     "keep_best",
+    "restart",
     "mesh.fsdp",
     "compilation_cache",
     "model.attention",
@@ -51,44 +50,25 @@ MISSING: dict[str, Any] = {
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-class Lock:
-    """Exclusive use of a workdir, given back by the kernel when the process ends.
+def check_config(config: ConfigDict, workdir: Path) -> None:
+    """Compare with the config.json that is there; nothing is written.
 
-    Raises UserError naming the process that holds it.
+    Raises UserError naming every differing key when the workdir belongs to a run of
+    another config.
     """
-
-    def __init__(self, workdir: Path):
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._file = (workdir / "lock").open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                f"workdir {str(workdir)!r} is in use by {holder}; wait for it or use "
-                "another --workdir"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Give the workdir back."""
-        self._file.close()
+    path = workdir / "config.json"
+    if path.is_file():
+        settings, advice = config.to_dict(), "use another --workdir"
+        options = dict(free=FREE_KEYS, missing=MISSING)
+        check_same(read_json(path), settings, workdir, "a run", advice, **options)
 
 
 def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json and versions.json, or compare with the config there.
+    """Write config.json and versions.json; what may differ is noted anew.
 
-    Raises UserError naming every differing key when the workdir belongs to a run of
-    another config. What may differ is noted anew.
+    Only after all checks: what they refused must leave the records as they were.
     """
-    path, settings = workdir / "config.json", config.to_dict()
-    advice = "use another --workdir"
-    claim(path, settings, "a run", advice, free=FREE_KEYS, missing=MISSING)
-    write_json(path, settings)
+    write_json(workdir / "config.json", config.to_dict())
     devices = jax.devices()
     versions = {name: version(name) for name in PACKAGES}
     versions["python"] = platform.python_version()
@@ -97,13 +77,18 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
     write_json(workdir / "versions.json", versions)
 
 
-def record_run(plan: Plan, workdir: Path) -> None:
+def record_run(plan: Plan, workdir: Path, init_from: str) -> None:
     """Write run.json, what the config leaves to the data and the devices, and
     parameters.txt, a table of names, shapes and sizes.
+
+    init_from: of the config; the runs behind it and their images are noted, too.
     """
+    ancestors = lineage(init_from)
+    if plan.start is not None:
+        ancestors[0]["weights"] = plan.start.digest
     facts = {
         "images": len(plan.source),
-        "digest": plan.source.digest(),
+        "digest": plan.stream["digest"],
         "first_image": plan.source.record_id(0),
         "steps_per_epoch": plan.steps_per_epoch,
         "total_steps": plan.total_steps,
@@ -111,6 +96,7 @@ def record_run(plan: Plan, workdir: Path) -> None:
         "gflop_per_step": round(plan.flops_per_step / 1e9, 1),
         "mean": list(plan.objective.mean),
         "std": list(plan.objective.std),
+        "ancestors": ancestors,
     }
     write_json(workdir / "run.json", facts)
     table = get_parameter_overview(

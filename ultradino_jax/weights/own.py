@@ -1,6 +1,7 @@
 """This project's own backbones: Orbax folders, and flat files with a record."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ultradino_jax.errors import UserError, damaged, out_of_memory
+from ultradino_jax.errors import StaleFile, UserError, damaged, out_of_memory
 from ultradino_jax.tree import flat_names
 from ultradino_jax.weights.backbone import Backbone
 from ultradino_jax.weights.families import MODELS
 from ultradino_jax.weights.files import WeightFile
 from ultradino_jax.weights.meta import check_placement, nest
-from ultradino_jax.whole import read_json
+from ultradino_jax.whole import newest_step, read_json
 
 RECORD = "backbone.json"
 
@@ -54,7 +55,8 @@ def read_backbone(path: str | Path) -> Backbone:
 
     `path` is the backbone's folder or the workdir of a run. Raises FileNotFoundError
     naming the path when neither holds a `backbone.json`, and UserError when the
-    stored parameters do not fit the stored architecture.
+    stored parameters do not fit the stored architecture. Warns with `StaleFile` when
+    the run's newest checkpoint is newer.
     """
     folder = own_folder(path)
     if folder is None:
@@ -63,6 +65,8 @@ def read_backbone(path: str | Path) -> Backbone:
         )
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     record = read_json(folder / RECORD)
+    if line := stale(folder, record):
+        warnings.warn(line, StaleFile, stacklevel=2)
     with damaged(folder):
         backbone = record_to_backbone(record, None, str(folder))
         shapes = _abstract_params(backbone)
@@ -71,6 +75,22 @@ def read_backbone(path: str | Path) -> Backbone:
     )
     params = restore_arrays(folder / "params", target, RECORD)
     return dataclasses.replace(backbone, params=params)
+
+
+def stale(folder: Path, record: dict) -> str | None:
+    """A line when a run's backbone is older than the run's newest checkpoint.
+
+    folder: that of the backbone; record: its backbone.json.
+    """
+    there = record.get("step")
+    newest = newest_step(folder.parent / "checkpoints")
+    # One of a later step was written while its checkpoint was; a rerun makes the same.
+    if there is None or newest is None or there >= newest:
+        return None
+    return (
+        f"the backbone in {str(folder)!r} is of step {there}, the newest checkpoint of "
+        f"its run of step {newest}; the run's own command makes it anew"
+    )
 
 
 def restore_arrays(folder: Path, target, record: str) -> Any:

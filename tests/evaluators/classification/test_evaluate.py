@@ -1,6 +1,8 @@
 """eval.py's work from config to files, on phantom data in the real layout."""
 
+import contextlib
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -15,11 +17,14 @@ from sklearn.metrics import f1_score
 from configs.fetal_planes import get_config
 from ultradino_jax.data.datasets.open import open_labelled
 from ultradino_jax.data.phantom.layouts import write_african, write_fetal_planes
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.classification.classifier import load_classifier
 from ultradino_jax.evaluators.classification.evaluate import evaluate
+from ultradino_jax.evaluators.evaluate import evaluate as evaluate_any
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.weights.backbone import Backbone, save_backbone
 from ultradino_jax.weights.load import load_backbone
+from ultradino_jax.whole import Lock
 
 tfds.disable_progress_bar()
 
@@ -61,15 +66,21 @@ def run(place, name, mode, **changes):
     return results, lines
 
 
-@pytest.fixture(scope="module")
-def cached(place):
+def cached_config(place):
     external = {
         "linear.recipe": "cached",
         "external.name": "african_planes",
         "external.data_dir": str(place / "data"),
         "external.manual_dir": str(place / "african"),
     }
-    return run(place, "cached", "linear", **external)
+    return small_config(place, "linear", **external)
+
+
+@pytest.fixture(scope="module")
+def cached(place):
+    lines = []
+    config = cached_config(place)
+    return evaluate(config, place / "run", place / "cached", lines.append), lines
 
 
 def read_predictions(folder):
@@ -270,6 +281,25 @@ def test_parameters_of_another_architecture_name_both_shapes(place, tmp_path):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"shape: \(.*\).* stored shape: \(.*\)\.$"):
         load_backbone(tmp_path / "run")
+
+
+def test_a_folder_of_other_weights_or_of_another_process_is_refused(place, cached):
+    config = small_config(place, "knn")
+    with pytest.raises(UserError, match=r"holds an evaluation with.*config\.mode: "):
+        evaluate(config, place / "run", place / "cached")
+    backbone = load_backbone(place / "run")
+    params = jax.tree.map(lambda x: x + 1, backbone.params)
+    other = dataclasses.replace(backbone, params=params)
+    save_backbone(place / "other", other)
+    before = (place / "cached/results.json").read_bytes()
+    with pytest.raises(UserError, match=r"weights: '[0-9a-f]{12}\.\. there"):
+        evaluate(cached_config(place), place / "other", place / "cached")
+    with (
+        contextlib.closing(Lock(place / "cached")),
+        pytest.raises(UserError, match="cached' is in use by process"),
+    ):
+        evaluate_any(cached_config(place), place / "run", place / "cached")
+    assert (place / "cached/results.json").read_bytes() == before
 
 
 def test_external_classes_must_be_known(place, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from configs import fass, jnu_ifm
 from ultradino_jax.data.datasets.segmented import segmented_images
 from ultradino_jax.data.phantom.layouts import write_fass
+from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.features import Preprocess
 from ultradino_jax.evaluators.segmentation import train as segmentation_train
 from ultradino_jax.evaluators.segmentation.evaluate import (
@@ -28,6 +29,7 @@ from ultradino_jax.evaluators.segmentation.segmenter import (
     with_drop_path,
 )
 from ultradino_jax.evaluators.segmentation.settings import read_settings
+from ultradino_jax.evaluators.training import Job, train
 from ultradino_jax.models.usfm import USFM
 from ultradino_jax.models.vit import ViT
 from ultradino_jax.weights.backbone import Backbone, save_backbone
@@ -172,8 +174,35 @@ def test_letterboxed_masks_lie_where_their_images_do():
 
 def test_a_workdir_of_another_setting_is_refused(place, finished):
     config = small_config(place, **{"train.learning_rate": 1e-3})
-    with pytest.raises(ValueError, match=r"settings\.learning_rate: 0\.0001 there, "):
+    with pytest.raises(ValueError, match=r"train\.learning_rate: 0\.0001 there"):
         evaluate(config, place / "run", place / "out", say=lambda _: None)
+
+
+def test_a_training_of_another_architecture_is_refused_before_it_is_read(tmp_path):
+    """Interrupted there; its state would not fit, which is not damage."""
+    big, small = ({"x": jnp.zeros(n)} for n in (5, 3))
+    options = dict(
+        best_of=lambda state: state,
+        step=lambda state, batch, k: (state, jnp.zeros(())),
+        batches=lambda k: range(k, 4),
+        validate=lambda state: 1.0,
+    )
+
+    def job(digest):
+        identity = {"backbone": digest, "settings": {}}
+        return Job("t", "a test", tmp_path, identity, dict, "m", 4, 1, 1)
+
+    def interrupting(k):
+        yield from range(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job("big"), big, **options | {"batches": interrupting})
+    there = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    with pytest.raises(UserError, match="with other settings .backbone: 'big' t"):
+        train(job("small"), small, **options)
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == there
+    assert len(train(job("big"), big, **options)[1]) == 4
 
 
 def test_segmenter_comes_back_whole(place, finished):

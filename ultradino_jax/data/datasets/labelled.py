@@ -57,8 +57,12 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def stored_pixels(self, index: int) -> np.ndarray:
+        """An image as it is stored, nothing blacked out."""
+        return self.read(int(self.stored[index]))
+
     def __getitem__(self, index: int) -> np.ndarray:
-        image = self.read(int(self.stored[index]))
+        image = self.stored_pixels(index)
         if self.mask_corner:
             image = image.copy()
             height, width = image.shape[:2]

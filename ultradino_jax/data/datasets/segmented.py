@@ -44,8 +44,12 @@ class SegmentedImages:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def stored_pixels(self, index: int) -> np.ndarray:
+        """An image as it is stored."""
         return self.read_image(int(self.stored[index]))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.stored_pixels(index)
 
     def mask(self, index: int) -> np.ndarray:
         """Class indices uint8 [H,W] of an image, of the image's size.

@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultradino_jax.errors import UserError, damaged
-from ultradino_jax.evaluators.features import Preprocess, probe_tokens
+from ultradino_jax.evaluators.features import Numbered, Preprocess, probe_tokens
+from ultradino_jax.models.usfm import USFM
 from ultradino_jax.weights.backbone import Backbone, save_backbone
 from ultradino_jax.weights.load import load_backbone
 from ultradino_jax.whole import read_json, whole_folder, write_json
 
 RECORD = "classifier.json"
 FOLDER = "classifier"
+# What `probe_tokens` gives; 1, which was not recorded, differed for USFM.
+FEATURES = 2
+CHECKED, TOLERANCE = 16, 1e-2  # images, and their probabilities in float32
 NORM_EPS = 1e-6  # of the batch norm between a fine-tuned backbone and its head
 
 
@@ -69,6 +73,24 @@ class Classifier:
         return np.asarray(_logits(*args, layers=self.layers, patch=self.patch))
 
 
+def check_scores(classifier: Classifier, images: Numbered, scores: np.ndarray) -> None:
+    """Compare with the scores that were reported, on the first images of the test set.
+
+    images: those that gave the probabilities `scores` [n,Y]. Raises UserError when
+    the classifier, as it will be kept, gives others.
+    """
+    count = min(CHECKED, len(images))
+    preprocess = classifier.preprocess
+    batch = np.stack([preprocess.resize(images[i]) for i in range(count)])
+    found = np.asarray(jax.nn.softmax(classifier.logits(preprocess.normalise(batch))))
+    apart = float(np.abs(found - scores[:count]).max())
+    if not apart < TOLERANCE:  # also when it is NaN
+        raise UserError(
+            f"{classifier.backbone.name}: the classifier to keep gives other "
+            f"probabilities than were scored, by up to {apart:.3f}; it is not kept"
+        )
+
+
 def save_classifier(
     folder: str | Path,
     classifier: Classifier,
@@ -89,6 +111,7 @@ def save_classifier(
         "layers": classifier.layers,
         "patch": classifier.patch,
         "antialias": classifier.antialias,
+        "features": FEATURES,
         "backbone": {
             "checkpoint": checkpoint and str(Path(checkpoint).absolute()),
             "digest": backbone.digest,
@@ -137,4 +160,17 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
             f"{str(folder)!r} was trained on a backbone of digest {digest[:12]}; "
             f"{str(place)!r} now holds {backbone.digest[:12]}"
         )
-    return Classifier(backbone, head, classes=classes, **options), record
+    classifier = Classifier(backbone, head, classes=classes, **options)
+    check_features(classifier, record, folder)
+    return classifier, record
+
+
+def check_features(classifier: Classifier, record: dict, place: str | Path) -> None:
+    """Raises UserError for a probe of USFM from when its features had two meanings."""
+    fine_tuned = "mean" in classifier.head
+    usfm = isinstance(classifier.backbone.model, USFM)
+    if usfm and not fine_tuned and record.get("features") != FEATURES:
+        raise UserError(
+            f"{str(place)!r} holds a probe of a USFM as it was once kept, which does "
+            "not give the scores that were reported; run the evaluation again"
+        )

@@ -10,6 +10,10 @@ from ultradino_jax.data.datasets.labelled import SPLITS, LabelledImages, check_s
 from ultradino_jax.data.datasets.open import open_labelled
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import raw_pixels, untrained
+from ultradino_jax.evaluators.classification.classifier import (
+    check_scores,
+    load_classifier,
+)
 from ultradino_jax.evaluators.classification.finetune import finetune
 from ultradino_jax.evaluators.classification.frozen import frozen_entries
 from ultradino_jax.evaluators.classification.results import (
@@ -79,6 +83,7 @@ def evaluate(
         checkpoint,
         workdir,
         backbone,
+        data,
         [data],
         what=f": {counts} images, {len(data.classes)} classes",
         packages=PACKAGES,
@@ -116,6 +121,8 @@ def _finetuned(settings, row, backbone, sets, workdir) -> Entry:
         )
         choice = {"epoch": tuned.best_epoch, "layerwise": recipe.layerwise}
         test = tuned.scores(sets["test"], settings.batch_size)
+        folder = seed_folder(workdir, row, seed)
+        check_scores(load_classifier(folder)[0], sets["test"], test)
         outside = None
         if "external" in sets:
             outside = tuned.scores(sets["external"], settings.batch_size)

@@ -9,7 +9,11 @@ import numpy as np
 from ultradino_jax.data.datasets.labelled import LabelledImages, few_per_class
 from ultradino_jax.errors import UserError
 from ultradino_jax.evaluators.baselines import RawPixels
-from ultradino_jax.evaluators.classification.classifier import FOLDER, save_classifier
+from ultradino_jax.evaluators.classification.classifier import (
+    FOLDER,
+    check_scores,
+    save_classifier,
+)
 from ultradino_jax.evaluators.classification.knn import knn_votes
 from ultradino_jax.evaluators.classification.linear import (
     Head,
@@ -77,13 +81,15 @@ def frozen_entries(
         else:
             train, val = ((features[s], sets[s].labels) for s in ("train", "val"))
             fitted = _fit(settings, settings.mode, train, val, len(classes), grid, seed)
+        run = _run(seed, fitted, features)
         if fitted.probe is not None and row == TRAINED_ROW:
             probe = probe_classifier(
                 fitted.probe, backbone, classes, settings.antialias
             )
+            check_scores(probe, sets["test"], run.scores)
             folder = seed_folder(workdir, row, seed) / FOLDER
             save_classifier(folder, probe, checkpoint=checkpoint)
-        entry.runs.append(_run(seed, fitted, features))
+        entry.runs.append(run)
     return [entry]
 
 

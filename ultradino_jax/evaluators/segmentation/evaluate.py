@@ -131,20 +131,21 @@ def evaluate(
     # Rows share their input, so any of them says how it is made.
     shown_as = backbone or next(iter(rows.values()))
     splits = {seed: settings.split(data, seed) for seed in settings.seeds}
-    for seed, split in splits.items():
-        write_split(Path(workdir) / "splits" / f"seed{seed}.csv", split)
     first = splits[settings.seeds[0]]
     call = begin(
         json.loads(config.to_json_best_effort()),
         checkpoint,
         workdir,
         shown_as,
+        data,
         [*splits.values()],
         what=f", {settings.subset}: {split_record(first)}, "
         f"{len(data.classes) - 1} structures",
         packages=PACKAGES,
         say=say,
     )
+    for seed, split in splits.items():
+        write_split(Path(workdir) / "splits" / f"seed{seed}.csv", split)
     preprocess = Preprocess.of(shown_as, letterbox=settings.letterbox)
     pairs = read_pairs(data, preprocess)
     entries = [Entry(row, row if row in NETWORKS else "upernet") for row in rows]
