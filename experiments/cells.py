@@ -25,8 +25,11 @@ def claim(folder: Path, config, checkpoint: Path | None) -> dict | None:
     advice = "give another --out, or delete it"
     record, missing = folder / RECORD, {}
     # Cells were once noted without a digest: then the file's time must do.
-    there = checkpoint is not None and record.is_file()
-    if there and checkpoint.stat().st_mtime < record.stat().st_mtime:
+    if (
+        checkpoint is not None
+        and record.is_file()
+        and checkpoint.stat().st_mtime < record.stat().st_mtime
+    ):
         missing = {"weights": identity["weights"]}
     whole.claim(record, identity, "this cell", advice, missing=missing)
     path = folder / "results.json"
