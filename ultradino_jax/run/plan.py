@@ -40,9 +40,9 @@ from ultradino_jax.weights.load import load_backbone
 class Plan:
     """All that a run needs besides a mesh and a workdir.
 
-    name: e.g. 'vit_base_patch16'. stream: what identifies the source's images.
-    dtype: of the model, as the config says it. notes: lines to say at the start. start: the weights of init_from. accum_steps: see
-    `make_train_step`.
+    name: e.g. 'vit_base_patch16'. stream: what identifies the source's images. dtype:
+    of the model, as the config says it. notes: lines to say at the start. start: the
+    weights of init_from. accum_steps: see `make_train_step`.
     """
 
     name: str
