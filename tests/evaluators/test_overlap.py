@@ -18,7 +18,7 @@ from ultradino_jax.weights.lineage import lineage
 
 def pretrained_on(tmp_path, root, list_file=""):
     """A checkpoint with the config.json that its run left beside it."""
-    config = {"head": {}, "data": {"root": str(root), "list_file": list_file}}
+    config = {"data": {"root": str(root), "list_file": list_file}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path / "backbone"
 

@@ -19,7 +19,7 @@ def run_of(checkpoint: str | Path) -> Path | None:
     path = Path(checkpoint).absolute()
     for folder in (path, path.parent):
         file = folder / "config.json"
-        if file.is_file() and {"data", "head"} <= read_json(file).keys():
+        if file.is_file() and "data" in read_json(file):
             return folder
     return None
 
