@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from tests.data.formats.test_dicom_pixels import dataset, group, j2k, jpeg, saved, ycbcr
+from tests.data.formats.files import dataset, group, j2k, jpeg, saved, ycbcr
 from tests.data.prepare.inputs import encoded, fan, region_item, run, screen, skipped
 from ultradino_jax.data.sources import CacheSource
 

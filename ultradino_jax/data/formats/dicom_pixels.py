@@ -38,6 +38,7 @@ from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import convert_color_space
 
+from ultradino_jax.data.formats.codestreams import is_transformed, jpeg_header
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 # Transfer syntaxes that Pillow and pydicom alone cannot decode, by UID, and who can.
@@ -217,7 +218,7 @@ def decode_frame(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
         return _decoded(stream, layout, syntax, layout.stored, layout.colour)
     if syntax in _JPEG_2000:
         return _jpeg_2000(stream, layout, syntax)
-    about = _jpeg_header(stream)
+    about = jpeg_header(stream)
     if (about.height, about.width) != (layout.rows, layout.columns):
         raise Unreadable("unsupported", "the stream's size is not that of the tags")
     if about.samples != layout.samples:
@@ -248,66 +249,6 @@ def _pillow(stream: bytes, raw: bool) -> np.ndarray:
         return np.asarray(image)
 
 
-@dataclass
-class _Jpeg:
-    """What the markers of a JPEG or JPEG-LS stream say."""
-
-    precision: int = 0
-    height: int = 0
-    width: int = 0
-    samples: int = 0
-    ids: bytes = b""
-    sizes: frozenset[int] = frozenset()
-    jfif: bool = False
-    adobe: int | None = None
-    transformed: bool = False  # by the colour transforms of a JPEG-LS variant
-
-    def colour(self, tag: str) -> str:
-        """'RGB' or 'YBR', by the table above. Raises Unreadable."""
-        if self.transformed:
-            raise Unreadable("unsupported", "JPEG-LS with a colour transform")
-        if self.adobe == 0 and self.jfif:
-            raise Unreadable("unsupported", "the JPEG's markers contradict each other")
-        if self.adobe == 0 or self.ids in (b"RGB", b"rgb"):
-            return "RGB"
-        if self.adobe == 1 or self.jfif or len(self.sizes) > 1:
-            return "YBR"
-        if self.adobe is not None or tag not in ("RGB", "YBR_FULL", "YBR_FULL_422"):
-            raise Unreadable("unsupported", "neither stream nor tags say the colours")
-        return tag[:3]
-
-
-def _jpeg_header(stream: bytes) -> _Jpeg:
-    about, position = _Jpeg(), 2
-    while position + 4 <= len(stream):
-        if stream[position] != 0xFF:
-            break
-        marker = stream[position + 1]
-        if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD7:  # fill, or no length
-            position += 1 if marker == 0xFF else 2
-            continue
-        (length,) = struct.unpack(">H", stream[position + 2 : position + 4])
-        body = stream[position + 4 : position + 2 + length]
-        if (
-            0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-        ) or marker == 0xF7:
-            about.precision, about.height, about.width, about.samples = struct.unpack(
-                ">BHHB", body[:6]
-            )
-            about.ids = body[6::3][: about.samples]
-            about.sizes = frozenset(body[7::3][: about.samples])
-        elif marker == 0xE0 and body.startswith(b"JFIF\0"):
-            about.jfif = True
-        elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
-            about.adobe = body[11]
-        elif marker == 0xE8 and body.startswith(b"mrfx"):
-            about.transformed = any(body[4:5])
-        elif marker == 0xDA:
-            break
-        position += 2 + length
-    return about
-
-
 def _jpeg_2000(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
     start = stream.find(b"\xff\x4f\xff\x51")
     if start < 0:
@@ -327,7 +268,7 @@ def _jpeg_2000(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
     if samples == 1:
         _check_colour(layout)
         return _decoded(stream, layout, syntax, precision, layout.colour)
-    transformed = _is_transformed(stream, start)
+    transformed = is_transformed(stream, start)
     good = {True: ("RGB", "YBR_RCT", "YBR_ICT"), False: ("RGB", "YBR_FULL")}
     if layout.colour not in good[transformed]:
         raise Unreadable(
@@ -335,19 +276,6 @@ def _jpeg_2000(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
         )
     pixels = _decoded(stream, layout, syntax, precision, "RGB")
     return _rgb(pixels) if layout.colour == "YBR_FULL" else pixels
-
-
-def _is_transformed(stream: bytes, position: int) -> bool:
-    """Whether the COD marker asks for a multiple component transform."""
-    position += 2
-    while position + 4 <= len(stream):
-        marker, length = struct.unpack(">HH", stream[position : position + 4])
-        if marker == 0xFF52:
-            return stream[position + 8] == 1
-        if marker == 0xFF90:
-            break
-        position += 2 + length
-    raise Unreadable("unreadable", "JPEG 2000 without a COD marker")
 
 
 def _decoded(
