@@ -25,12 +25,9 @@ def claim(folder: Path, config, checkpoint: Path | None) -> dict | None:
     advice = "give another --out, or delete it"
     record, missing = folder / RECORD, {}
     # Cells were once noted without a digest: then the file's time must do.
-    if (
-        checkpoint is not None
-        and record.is_file()
-        and checkpoint.stat().st_mtime < record.stat().st_mtime
-    ):
-        missing = {"weights": identity["weights"]}
+    if checkpoint is not None and record.is_file():
+        older = checkpoint.stat().st_mtime < record.stat().st_mtime
+        missing = {"weights": identity["weights"]} if older else {}
     whole.claim(record, identity, "this cell", advice, missing=missing)
     path = folder / "results.json"
     return read_json(path) if path.is_file() else None

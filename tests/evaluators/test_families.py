@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from configs import fass, fetal_planes  # noqa: E402
 from tests.weights.test_torch_files import random_state  # noqa: E402
+from ultradino_jax.data.sources import read_image  # noqa: E402
 from ultradino_jax.errors import UserError  # noqa: E402
 from ultradino_jax.evaluators.classification import evaluate as classification  # noqa: E402
 from ultradino_jax.evaluators.classification.classifier import load_classifier  # noqa: E402
@@ -161,7 +162,7 @@ def test_a_kept_and_exported_probe_gives_the_scores(family, recipe, planes, tmp_
     with open(out / "predictions.csv", newline="") as file:
         lines = [row for row in csv.DictReader(file) if row["set"] == "test"]
     scored = np.array([[float(row[name]) for name in CLASSES] for row in lines])
-    images = [cv2.imread(str(planes.parent / row["id"]), 0) for row in lines]
+    images = [read_image(planes.parent / row["id"])[:, :, 0] for row in lines]
     kept, _ = load_classifier(out / "teacher/seed0")
     export(out, "safetensors", tmp_path / "exported")
     for task in (kept, load_task(tmp_path / "exported")):

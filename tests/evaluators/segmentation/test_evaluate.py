@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import cv2
 import jax
@@ -181,7 +182,7 @@ def test_a_workdir_of_another_setting_is_refused(place, finished):
 def test_a_training_of_another_architecture_is_refused_before_it_is_read(tmp_path):
     """Interrupted there; its state would not fit, which is not damage."""
     big, small = ({"x": jnp.zeros(n)} for n in (5, 3))
-    options = dict(
+    options: dict[str, Any] = dict(
         best_of=lambda state: state,
         step=lambda state, batch, k: (state, jnp.zeros(())),
         batches=lambda k: range(k, 4),
