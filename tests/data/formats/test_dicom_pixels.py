@@ -140,6 +140,8 @@ def test_as_many_frames_as_there_are():
                 content = content[:8] + b"\x05\0\0\0" * 3 + content[20:]
             assert np.array_equal(frames_of(saved(ds, content)), right)
     ds = dataset(GREY.shape, syntax=JPEG, NumberOfFrames=3)
+    one = encapsulate([b"".join(streams)], has_bot=False)  # all in one fragment
+    assert np.array_equal(frames_of(saved(ds, one)), right)
     content, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = (
         encapsulate_extended(streams)
     )

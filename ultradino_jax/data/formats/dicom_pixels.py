@@ -27,6 +27,7 @@ What is where in the data is asked of the data, not of the tags:
 """
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ _JPEG_8_BIT = ("1.2.840.10008.1.2.4.50", _12_BIT)
 _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 201, 202, 203))
 _RLE = "1.2.840.10008.1.2.5"
 _STARTS = (b"\xff\xd8", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")  # JPEG(-LS), JPEG 2000
+_PICTURES = re.compile(rb"(?<=\xff\xd9)\0?(?=\xff\xd8\xff)")  # between JPEGs
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,9 @@ def encoded_frames(data: bytes, syntax: str) -> list[bytes]:
             frames.append([])
         if frames:
             frames[-1].append(fragment)
-    return [b"".join(parts) for parts in frames]
+    streams = [b"".join(parts) for parts in frames]
+    # Some writers put several pictures into one fragment.
+    return [part for stream in streams for part in _PICTURES.split(stream)]
 
 
 def check_decoder(syntax: str) -> None:
