@@ -89,15 +89,6 @@ def test_a_failing_file_system_is_waited_for(saved, restore, name, make):
     assert contents(saved) == before
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read(saved, restore):
-    (saved / "checkpoints/2").chmod(0)
-    with pytest.raises(UserError, match="cannot be read now"):
-        restore()
-    (saved / "checkpoints/2").chmod(0o755)
-    assert restore()[0][1]["step"] == 2
-
-
 def damage(saved, *steps):
     for step in steps:
         for path in (saved / f"checkpoints/{step}/state").rglob("*"):

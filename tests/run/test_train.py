@@ -172,7 +172,7 @@ def test_main_prints_one_line_for_bad_input(tiny_flags, tmp_path):
     process = start_main(tmp_path / "run", *tiny_flags, f"--config.data.root={empty}")
     output = process.communicate()[0]
     assert process.returncode == 1
-    assert output.strip().splitlines()[-1].startswith("error: no image (")
+    assert output.strip().splitlines()[-1].startswith("error: no picture in folder ")
     assert "Traceback" not in output
     process = start_main(tmp_path / "run", *tiny_flags, "--config.optim.lr=1")
     output = process.communicate()[0]

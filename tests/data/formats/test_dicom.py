@@ -195,6 +195,10 @@ def test_pydicom_s_own_files_are_as_pydicom_reads_them():
             elif error.reason != "no_pixels":
                 assert REFUSED.get(path.name) == error.reason, path.name
             continue
+        except RuntimeError:  # of Pillow, which cannot read every JPEG 2000
+            assert importlib.util.find_spec("openjpeg") is None, path.name
+            optional += 1
+            continue
         assert path.name not in REFUSED
         if path.name == "badVR.dcm":  # its number of frames is no number
             continue
