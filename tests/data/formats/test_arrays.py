@@ -133,6 +133,12 @@ def test_masks_of_every_format(tmp_path):
     assert np.array_equal(read_labels(gzip.compress(data)), labels)
 
 
+def written(form, **options):
+    buffer = io.BytesIO()
+    Image.new("L", (26, 20), 1).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
 def test_masks_that_are_none():
     labels = np.zeros((20, 26), np.uint16)
     labels[3, 3] = 300
@@ -142,6 +148,8 @@ def test_masks_that_are_none():
     tifffile.imwrite(pages, np.zeros((3, 20, 26), np.uint8), photometric="minisblack")
     jpeg = io.BytesIO()
     Image.fromarray(np.zeros((20, 26), np.uint8)).save(jpeg, "JPEG")
+    white = io.BytesIO()
+    tifffile.imwrite(white, np.ones((20, 26), np.uint8), photometric="miniswhite")
     colour = Image.new("RGB", (26, 20), (1, 2, 3))
     whole = png(Image.fromarray(RNG.integers(0, 9, (99, 99), dtype=np.uint8)))
     for data, said in (
@@ -149,6 +157,10 @@ def test_masks_that_are_none():
         (half.getvalue(), "m: labels are whole numbers"),
         (pages.getvalue(), r"m: .*a mask of 3 pages"),
         (jpeg.getvalue(), "m: .*JPEG changes labels: save the mask as PNG"),
+        (white.getvalue(), "m: .*a mask whose zero is white"),
+        (written("TIFF", compression="jpeg"), "m: .*JPEG changes labels"),
+        (written("WEBP", quality=50), "m: .*JPEG changes labels"),
+        (written("JPEG2000"), "m: .*JPEG changes labels"),
         (png(colour), "m: a colour picture is no index mask"),
         (whole[: len(whole) // 2], "m: damaged"),
         (b"", "m: the file has no bytes"),

@@ -89,6 +89,8 @@ def test_numbers_of_any_type():
         ) / span
         got = first(tiff(pixels))
         assert abs(got - want.astype(float) * 255).max() <= 0.51 + 255e-3
+        for options in ({"byteorder": ">", "compression": "zlib"}, {"tile": (16, 16)}):
+            assert np.array_equal(first(tiff(pixels, **options)), first(tiff(pixels)))
     for kind in (np.int8, np.int16, np.int32):
         pixels = np.nan_to_num(wide / 10, posinf=0).astype(kind)
         low, high = int(pixels.min()), int(pixels.max())
@@ -211,9 +213,14 @@ def test_what_surrounds_a_picture_says_nothing():
             assert np.array_equal(first(png[:at] + extra + png[at:]), GREY)
     for junk in (b"\0" * 100_000, b"MORE" * 5000, jpeg):
         assert np.array_equal(first(jpeg + junk), first(jpeg))
+    thumbnail = b"\xff\xe1" + struct.pack(">H", len(jpeg) + 2) + jpeg
+    assert np.array_equal(first(jpeg[:2] + thumbnail + jpeg[2:]), first(jpeg))
     for cut in (0.3, 0.6, 0.9, 0.99):
-        with pytest.raises((Unreadable, OSError)):
-            first(jpeg[: int(len(jpeg) * cut)])
+        for before in (b"", thumbnail):
+            half = jpeg[:2] + before + jpeg[2 : int(len(jpeg) * cut)]
+            for filler in (b"", b"\0" * 9000):
+                with pytest.raises((Unreadable, OSError)):
+                    first(half + filler)
 
 
 def test_what_cannot_be_read_is_refused():

@@ -4,7 +4,7 @@ import csv
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultradino_jax.data.formats.tables import names_in_list, read_table
@@ -63,6 +63,7 @@ cells = st.text(
 ).map(str.strip)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(cells.filter(bool), cells.filter(bool)), min_size=1),
     st.sampled_from(",;\t"),

@@ -1,9 +1,12 @@
 """What the markers of JPEG, JPEG-LS and JPEG 2000 streams say of their colours."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ultradino_jax.data.formats.unreadable import Unreadable
+
+_SCAN = 0xDA
 
 
 @dataclass
@@ -35,21 +38,37 @@ class Jpeg:
         return tag[:3]
 
 
-def jpeg_header(stream: bytes) -> Jpeg:
-    """The markers of a JPEG or JPEG-LS stream up to its first scan."""
-    about, position = Jpeg(), 2
-    while position + 4 <= len(stream):
-        if stream[position] != 0xFF:
-            break
+def _segments(stream: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(marker, where it is, content) of the segments up to the first scan, its too."""
+    position = 2
+    while position + 4 <= len(stream) and stream[position] == 0xFF:
         marker = stream[position + 1]
         if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD7:  # fill, or no length
             position += 1 if marker == 0xFF else 2
             continue
         (length,) = struct.unpack(">H", stream[position + 2 : position + 4])
-        body = stream[position + 4 : position + 2 + length]
-        if (
-            0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-        ) or marker == 0xF7:
+        yield marker, position, stream[position + 4 : position + 2 + length]
+        if marker == _SCAN:
+            return
+        position += 2 + length
+
+
+def ends(stream: bytes) -> bool:
+    """Whether a JPEG has its end marker after its pixels begin.
+
+    One that is cut short may go on with whatever was on the disk; a thumbnail before
+    the pixels has an end marker of its own.
+    """
+    starts = (at for marker, at, _ in _segments(stream) if marker == _SCAN)
+    return stream.find(b"\xff\xd9", next(starts, 2)) >= 0
+
+
+def jpeg_header(stream: bytes) -> Jpeg:
+    """The markers of a JPEG or JPEG-LS stream up to its first scan."""
+    about = Jpeg()
+    for marker, _, body in _segments(stream):
+        frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        if frame or marker == 0xF7:
             about.precision, about.height, about.width, about.samples = struct.unpack(
                 ">BHHB", body[:6]
             )
@@ -61,9 +80,6 @@ def jpeg_header(stream: bytes) -> Jpeg:
             about.adobe = body[11]
         elif marker == 0xE8 and body.startswith(b"mrfx"):
             about.transformed = any(body[4:5])
-        elif marker == 0xDA:
-            break
-        position += 2 + length
     return about
 
 

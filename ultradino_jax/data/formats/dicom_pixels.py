@@ -39,7 +39,7 @@ from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import convert_color_space
 
-from ultradino_jax.data.formats.codestreams import is_transformed, jpeg_header
+from ultradino_jax.data.formats.codestreams import ends, is_transformed, jpeg_header
 from ultradino_jax.data.formats.unreadable import Unreadable
 
 # Transfer syntaxes that Pillow and pydicom alone cannot decode, by UID, and who can.
@@ -223,6 +223,8 @@ def decode_frame(stream: bytes, layout: Layout, syntax: str) -> np.ndarray:
     if syntax in _JPEG_2000:
         return _jpeg_2000(stream, layout, syntax)
     about = jpeg_header(stream)
+    if not ends(stream):
+        raise Unreadable("unreadable", "truncated")
     if (about.height, about.width) != (layout.rows, layout.columns):
         raise Unreadable("unsupported", "the stream's size is not that of the tags")
     if about.samples != layout.samples:

@@ -18,6 +18,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
+from ultradino_jax.data.formats.codestreams import ends
 from ultradino_jax.data.formats.depth import to_uint8
 from ultradino_jax.data.formats.frames import MAX_PIXELS
 from ultradino_jax.data.formats.unreadable import Unreadable
@@ -73,6 +74,10 @@ def _read(data: bytes, choose, grey: bool, stored: bool):
             return _by_tifffile(data, choose, grey, stored)
         if image.width * image.height > MAX_PIXELS:
             raise Unreadable("too_large")
+        if image.format in ("JPEG", "MPO") and not ends(data):
+            raise Unreadable("unreadable", "truncated")
+        if stored:
+            _check_lossless(image, data)
         # Of a JPEG's further pictures, one is a preview or another eye's view.
         count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         chosen = choose(count, image.info.get("duration"))
@@ -159,7 +164,8 @@ def _beyond_pillow(image: ImageFile.ImageFile, data: bytes) -> bool:
     bits = _tags(image).get(258, (1,))
     kinds = set(_tags(image).get(339, (1,)))
     if kinds == {3}:
-        return image.mode != "F" or set(bits) != {32}
+        # Packed floats in big-endian order come out of it in the wrong one.
+        return image.mode != "F" or set(bits) != {32} or data[:2] == b"MM"
     return kinds != {1} or (max(bits) > 8 and not image.mode.startswith("I;16"))
 
 
@@ -181,6 +187,19 @@ def _light(image: ImageFile.ImageFile, grey: bool) -> np.ndarray:
             image_of_mode = image.convert("RGB").convert("L")
         return _upright(np.asarray(image_of_mode), image)
     return _upright(np.asarray(image), image)
+
+
+def _check_lossless(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Raises Unreadable for a form of labels that changes or inverts them."""
+    lossy = image.format in ("JPEG", "MPO", "JPEG2000")
+    if image.format == "WEBP":
+        lossy = b"VP8L" not in data[:4096]
+    if image.format == "TIFF":
+        lossy = _tags(image).get(259) in (6, 7)
+        if _tags(image).get(262) == 0:
+            raise Unreadable("unsupported", "a mask whose zero is white")
+    if lossy:
+        raise Unreadable("unsupported", "JPEG changes labels: save the mask as PNG")
 
 
 def _labels(image: ImageFile.ImageFile) -> np.ndarray:
@@ -232,6 +251,8 @@ def _by_tifffile(data, choose, grey: bool, stored: bool):
             if unusual or page.photometric not in _TIFF_COLOURS:
                 raise Unreadable("unsupported", "TIFF colour space")
             white = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+            if white and stored:
+                raise Unreadable("unsupported", "a mask whose zero is white")
             white_is_zero.append(white)
             try:
                 pixels = page.asarray()
