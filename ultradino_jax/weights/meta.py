@@ -69,7 +69,8 @@ class Architecture:
             "blocks.0.mlp.fc1.weight",
         )
         if absent := [name for name in anchors if name not in shapes]:
-            raise UserError(f"missing: {', '.join(absent)}; unexpected: unknown")
+            there = ", ".join(sorted(shapes)[:3]) or "none"
+            raise UserError(f"missing: {', '.join(absent)}; there are {there} ..")
         kernel, positions = shapes["patch_embed.proj.weight"], shapes["pos_embed"]
         grid = round((positions[1] - 1) ** 0.5) if len(positions) == 3 else -1
         if grid**2 + 1 != positions[1]:

@@ -34,7 +34,8 @@ _OWN = "attn.relative_position_bias_table"
 def _expected(state: StateDict) -> dict[str, tuple[int, ...]]:
     anchors = ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if absent := [name for name in anchors if name not in state]:
-        raise UserError(f"missing: {', '.join(absent)}; unexpected: unknown")
+        there = ", ".join(sorted(state)[:3]) or "none"
+        raise UserError(f"missing: {', '.join(absent)}; there are {there} ..")
     d, f = state["cls_token"].shape[-1], state["blocks.0.mlp.fc1.weight"].shape[0]
     table = state.get(_SHARED, state.get(f"blocks.0.{_OWN}"))
     matrices = {
