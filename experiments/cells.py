@@ -14,8 +14,8 @@ def claim(folder: Path, config, checkpoint: Path | None) -> dict | None:
     """The results of this evaluation if they are in `folder`, else None.
 
     config: the ConfigDict of eval.py. Notes both in `folder` on first use, and raises
-    UserError when it belongs to another config or other
-    weights, also under the same name.
+    UserError when it belongs to another config or other weights, also under the same
+    name.
     """
     identity = {
         "config": json.loads(config.to_json_best_effort()),

@@ -147,8 +147,8 @@ def begin(
 
     config: as JSON values. backbone: shown for the input of all rows. data: the whole
     set; splits: that of a run, or of each. what: words on the data behind their name
-    and version.
-    packages: those of the kind. Raises UserError as `check_overlap` and `whole.claim`.
+    and version. packages: those of the kind. Raises UserError as `check_overlap` and
+    `whole.claim`.
     """
     allowed = config["allow_overlap"]
     overlap = check_overlap(checkpoint, *splits, allowed=allowed, say=say)

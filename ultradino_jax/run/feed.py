@@ -5,9 +5,9 @@ import dataclasses
 import gc
 import multiprocessing.resource_tracker
 import signal
+import sys
 
 import jax
-from grain._src.python.ipc.shared_memory_array import SharedMemoryArray
 
 from ultradino_jax.data.pipeline import build_pipeline
 from ultradino_jax.run.bad_steps import BadRecords
@@ -126,5 +126,8 @@ def free_shared_memory() -> None:
     Grain frees them in a thread that the end of the program does not wait for.
     """
     gc.collect()
-    if thread := SharedMemoryArray._del_thread_pool:
+    # Grain has no name for it that it promises to keep: without it, a warning at most.
+    module = sys.modules.get("grain._src.python.ipc.shared_memory_array")
+    arrays = getattr(module, "SharedMemoryArray", None)
+    if thread := getattr(arrays, "_del_thread_pool", None):
         thread.apply(int)  # one thread: when this is done, so is all before

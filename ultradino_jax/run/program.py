@@ -92,6 +92,12 @@ def compiled_step(plan: Plan, mesh, state):
     )
 
 
+def kept_programs() -> str | None:
+    """The folder that compiled programs are kept in, or None."""
+    option = "jax_compilation_cache_dir"  # which JAX adds where it starts
+    return getattr(jax.config, option)
+
+
 def keep_programs(wanted: str) -> None:
     """Have JAX keep compiled programs on disk for the next start.
 
@@ -100,10 +106,7 @@ def keep_programs(wanted: str) -> None:
     JAX_COMPILATION_CACHE_DIR, where set, goes before 'auto'.
     """
     if wanted == "auto":
-        if (
-            jax.config.values["jax_compilation_cache_dir"]
-            or jax.default_backend() == "cpu"
-        ):
+        if kept_programs() or jax.default_backend() == "cpu":
             return
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         wanted = str(Path(caches) / "ultradino_jax" / "programs")

@@ -10,6 +10,7 @@ from clu.parameter_overview import get_parameter_overview
 from ml_collections import ConfigDict
 
 from ultradino_jax.run.plan import Plan
+from ultradino_jax.run.program import kept_programs
 from ultradino_jax.weights.lineage import lineage
 from ultradino_jax.whole import check_same, read_json, write_json, write_whole
 
@@ -120,7 +121,7 @@ def describe(plan: Plan, mesh, say) -> None:
     )
     for note in plan.notes:
         say(note)
-    if folder := jax.config.values["jax_compilation_cache_dir"]:
+    if folder := kept_programs():
         say(f"compiled programs are kept in {folder}")
     sizes = ", ".join(
         f"{name} {sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M"
