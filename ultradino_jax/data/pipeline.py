@@ -222,7 +222,7 @@ class _BatchLoader:
                 reasons.append(f"{self.source.record_id(index)} ({error.reason})")
         raise RuntimeError(
             f"{len(bad)} unreadable images in a row at position {position}: "
-            + ", ".join(reasons)
+            + ", ".join(dict.fromkeys(reasons))
         )
 
     def masks(self, step: int) -> dict[str, np.ndarray]:
