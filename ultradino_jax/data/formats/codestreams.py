@@ -60,7 +60,7 @@ def ends(stream: bytes) -> bool:
     the pixels has an end marker of its own.
     """
     starts = (at for marker, at, _ in _segments(stream) if marker == _SCAN)
-    return stream.find(b"\xff\xd9", next(starts, 2)) >= 0
+    return stream.rfind(b"\xff\xd9", next(starts, 2)) >= 0
 
 
 def jpeg_header(stream: bytes) -> Jpeg:

@@ -154,7 +154,8 @@ def count_frames(path: str | os.PathLike) -> int:
 
 def _content(path: str | os.PathLike) -> bytes:
     with open(path, "rb") as file:
-        # By size: read(n) takes memory for all n bytes first.
-        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        # By size: read(n) takes memory for n bytes, read() alone copies once more.
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
             raise Unreadable("too_large")
-        return file.read()
+        return file.read(size)

@@ -171,7 +171,8 @@ def _open(path: str) -> tuple[str, bytes]:
                 return kind, b""
             if status.st_size > MAX_BYTES:
                 raise Unreadable("too_large")
-            return kind, head + file.read()
+            file.seek(0)
+            return kind, file.read(status.st_size)
     except PermissionError:
         raise Unreadable("no_permission") from None
     except OSError as error:
@@ -250,11 +251,8 @@ def _run_clip(clip: Clip, settings: Settings) -> list[FrameResult]:
         raise Unreadable("too_large")
     # A hash list has to name every frame, whatever the region finder thinks of it.
     strict = settings.region and not settings.hashes_only
-    grey, spreads = [], []
-    for frame in clip.frames:
-        colour = frame.ndim == 3
-        grey.append(to_grey(frame))
-        spreads.append(chroma(frame) if colour and settings.region else None)
+    pairs = [_grey_and_chroma(frame, settings.region) for frame in clip.frames]
+    grey, spreads = [g for g, _ in pairs], [spread for _, spread in pairs]
     boxes = None
     if settings.region and clip.regions:
         boxes = bmode_boxes(clip.regions, *grey[0].shape)
@@ -278,6 +276,18 @@ def _run_clip(clip: Clip, settings: Settings) -> list[FrameResult]:
     if len(reasons) == 1 and reasons != {""} and not settings.hashes_only:
         raise Unreadable(reasons.pop())  # one line for the file, not one per frame
     return results
+
+
+def _grey_and_chroma(
+    frame: np.ndarray, wanted: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Luma [H,W], and `region.chroma` [H,W] where it is wanted and there is any."""
+    if frame.ndim == 2:
+        return frame, None
+    red, green, blue = cv2.split(frame)
+    if np.array_equal(red, green) and np.array_equal(green, blue):
+        return red, None  # the luma of equal channels, and most ultrasound in colour
+    return to_grey(frame), chroma(frame) if wanted else None
 
 
 def _add_records(
